@@ -1,0 +1,86 @@
+"""The command line: `python -m megatron_infimed COMMAND`. Settings live in recipes; a word `key.path=value` overrides one.
+
+A UserError becomes one message on stderr and exit code 2; anything else is a bug and shows its traceback. Heavy imports happen inside the
+commands, so that `--help` and a wrong word answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_infimed.config import Recipe, load_recipe
+from megatron_infimed.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0])
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, see launch/recipes/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example optimizer.lr=2e-5")]
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option(help="check that the layout suits this many processes")] = None,
+) -> None:
+    """Validates a recipe and builds its model without memory: parameters, tokens a step, what would run here."""
+    from megatron_infimed.check import report
+
+    print(report(load_recipe(recipe, overrides or []), processes))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Packs the recipe's data and prints, for each phase, rows, steps, fill and how far from the lower bound."""
+    from megatron_infimed import log
+    from megatron_infimed.data.schedule import build_schedule
+    from megatron_infimed.train.trainer import open_data
+
+    log.set_up()
+    settings = load_recipe(recipe, overrides or [])
+    schedule = build_schedule(settings, open_data(settings)[1])
+    for p in schedule.phases:
+        print(
+            f"phase {p.number}: {p.image_size} px, {p.tokens_per_image} tokens an image: {len(p.document)} documents in {p.rows} rows "
+            f"(at least {p.lower_bound}), {p.steps} steps, fill {100 * p.fill:.2f} %, lost {p.lost}, cut {len(p.cut)}, "
+            f"left out {len(p.rejected)}"
+        )
+    print(f"{schedule.total_steps} steps in all")
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Trains a stage, or continues it. Alone, or under torchrun or srun. A signal (TERM, USR1) saves and ends it with exit code 0."""
+    from megatron_infimed.parallel import groups
+    from megatron_infimed.train.trainer import fit
+
+    settings = load_recipe(recipe, overrides or [])
+    try:
+        fit(settings)
+    finally:
+        groups.shut_down()
+
+
+def run(command: typer.Typer) -> None:
+    """Runs a typer app under the project's error rule; the tools/ scripts use it too."""
+    if not os.environ.get("MEGATRON_INFIMED_WARNINGS"):
+        warnings.simplefilter("ignore")  # Megatron-Core says a dozen times at import that Transformer Engine is not there; `check` says it once
+    try:
+        command()
+    except UserError as e:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {e}" if rank == "0" else f"error (rank {rank}): {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    run(app)
+
+
+__all__ = ["Recipe", "app", "main", "run"]

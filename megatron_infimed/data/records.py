@@ -1,0 +1,77 @@
+"""What a reader yields: a Record (images, turns of a conversation) or a Reject (why not).
+
+`<image>` in the text of a user or system turn says where an image goes; in an assistant turn it is only text. `make_record` is the one
+place that holds this law: images without a mark are put before the first user turn, and whatever cannot be a training document comes back
+as a Reject whose `reason` is one of few (so that rejects can be counted) with the particulars in `detail`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+IMAGE_MARK = "<image>"
+
+Role = Literal["system", "user", "assistant"]
+ImageRef = bytes | Path
+"""The encoded file (JPEG, PNG, ...) or where it lies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One training document: `marks(turns) == len(images)`, the k-th mark is images[k]."""
+
+    id: str
+    images: tuple[ImageRef, ...]
+    turns: tuple[Turn, ...]
+    source: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    id: str
+    reason: str
+    """A short category, the same words for the same fault."""
+    detail: str = ""
+    source: str = ""
+
+
+def marks(turns: Sequence[Turn]) -> int:
+    """Image slots in the conversation."""
+    return sum(t.text.count(IMAGE_MARK) for t in turns if t.role != "assistant")
+
+
+def make_record(
+    id: str, images: Sequence[ImageRef], turns: Sequence[Turn], source: str, meta: Mapping[str, Any] | None = None
+) -> Record | Reject:
+    """A valid Record, or why there is none."""
+
+    def reject(reason: str, detail: str = "") -> Reject:
+        return Reject(id, reason, detail, source)
+
+    talk = list(turns)
+    spoken = talk[1:] if talk and talk[0].role == "system" else talk
+    if not any(t.role == "assistant" for t in talk):
+        return reject("no assistant turn", f"roles {[t.role for t in talk]}")
+    if len(spoken) % 2 or any(t.role != ("user", "assistant")[i % 2] for i, t in enumerate(spoken)):
+        return reject("turns do not alternate user, assistant", f"roles {[t.role for t in talk]}"[:200])
+    if any(t.role == "assistant" and not t.text.strip() for t in talk):
+        return reject("empty assistant text")
+    found = marks(talk)
+    if images and not found:
+        first = len(talk) - len(spoken)
+        talk[first] = Turn("user", f"{IMAGE_MARK}\n" * len(images) + talk[first].text)
+    elif found > len(images):
+        return reject("more image marks than images", f"{found} marks, {len(images)} images")
+    elif found < len(images):
+        return reject("fewer image marks than images", f"{found} marks, {len(images)} images")
+    return Record(id, tuple(images), tuple(talk), source, dict(meta or {}))

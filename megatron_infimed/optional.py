@@ -1,0 +1,42 @@
+"""Optional packages: what is there, said in one place. Each is imported in one file, inside the function that needs it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from megatron_infimed.errors import UserError
+
+REMEDY = {
+    "transformer_engine": "pip install megatron-infimed[h100] on a machine with CUDA",
+    "flash_attn": "pip install megatron-infimed[h100] on a machine with CUDA",
+    "apex": "take the NGC PyTorch container, or build NVIDIA's apex from source (PyPI's package of that name is another one)",
+    "nvidia.dali": "pip install megatron-infimed[dali]",
+}
+
+
+@functools.cache
+def available(package: str) -> bool:
+    """Whether the package can be imported (it is looked for, not imported)."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def require(package: str, wanted_by: str) -> None:
+    """Raises UserError naming the remedy where the package is missing."""
+    if not available(package):
+        raise UserError(f"{wanted_by} needs {package}, which is not installed: {REMEDY[package]}")
+
+
+def use_transformer_engine(layers: str) -> bool:
+    """What precision.layers comes to on this machine."""
+    if layers == "local":
+        return False
+    if layers == "transformer_engine":
+        require("transformer_engine", "precision.layers=transformer_engine")
+        return True
+    return torch.cuda.is_available() and available("transformer_engine")

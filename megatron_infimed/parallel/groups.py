@@ -1,0 +1,121 @@
+"""Processes and their groups: one frozen value, Ranks, made once and handed down.
+
+This is the only file that touches torch.distributed's start-up and Megatron-Core's `parallel_state`. A process learns its place from
+torchrun's variables, else from srun's, else it is alone (and then needs no network at all).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_infimed.config import ParallelConfig
+from megatron_infimed.errors import UserError
+from megatron_infimed.parallel import cpu
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. Groups are torch.distributed process groups."""
+
+    world: int
+    rank: int
+    tensor: int
+    tensor_size: int
+    pipeline: int
+    pipeline_size: int
+    data: int
+    data_size: int
+    device: torch.device
+    data_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    tensor_group: dist.ProcessGroup
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline == self.pipeline_size - 1
+
+    @property
+    def main(self) -> bool:
+        """The one process that writes logs and manifests: it holds the loss."""
+        return self.last_stage and self.tensor == 0 and self.data == 0
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(world size, rank, local rank) as torchrun or srun say; (1, 0, 0) for a process started alone."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["WORLD_SIZE"]), int(env["RANK"]), int(env.get("LOCAL_RANK", "0"))
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        return int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", "0"))
+    return 1, 0, 0
+
+
+def initialize(parallel: ParallelConfig, seed: int = 0, timeout_minutes: int = 30) -> Ranks:
+    """Joins the processes (NCCL with CUDA, gloo without) and builds the parallel groups.
+
+    Raises:
+        UserError: tensor x pipeline does not divide the number of processes.
+    """
+    world, rank, local_rank = world_from_environment()
+    if world % parallel.model_parallel:
+        raise UserError(
+            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} needs a multiple of {parallel.model_parallel} processes, there are {world}: "
+            f"start it with torchrun --nproc-per-node {parallel.model_parallel}, or set parallel.tensor and parallel.pipeline"
+        )
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        cpu.install()
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        wait = timedelta(minutes=timeout_minutes)
+        if world == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
+        else:
+            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=wait)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=cuda,  # on the CPU every group is a gloo group already
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)  # layers fork this random state under sequence parallelism
+    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    return Ranks(
+        world=world,
+        rank=rank,
+        tensor=dist.get_rank(tensor_group),
+        tensor_size=parallel.tensor,
+        pipeline=dist.get_rank(pipeline_group),
+        pipeline_size=parallel.pipeline,
+        data=dist.get_rank(data_group),
+        data_size=dist.get_world_size(data_group),
+        device=device,
+        data_group=data_group,
+        pipeline_group=pipeline_group,
+        tensor_group=tensor_group,
+    )
+
+
+def shut_down() -> None:
+    """Leaves the groups; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

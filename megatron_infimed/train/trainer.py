@@ -1,0 +1,235 @@
+"""A training stage from recipe to DONE.
+
+`fit` joins the processes, plans the data, builds or resumes the model, and then walks the schedule step by step. Where it stands is one pair
+of integers, the position, which means the same in every layout; so a run may be killed anywhere and continued with other sizes. A run
+directory belongs to one recipe: what would change the documents or the arithmetic of a half-done run is refused, by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_infimed import __version__
+from megatron_infimed import log as logs
+from megatron_infimed.config import Recipe, dump_recipe
+from megatron_infimed.data.chat import Tokenizer, load_tokenizer
+from megatron_infimed.data.decode import make_decoder
+from megatron_infimed.data.loader import Loader
+from megatron_infimed.data.schedule import Schedule, build_schedule
+from megatron_infimed.data.shards import Shard
+from megatron_infimed.errors import UserError
+from megatron_infimed.model.infimed import InfiMed
+from megatron_infimed.model.initialize import initialize_weights
+from megatron_infimed.parallel import cpu, groups
+from megatron_infimed.parallel.groups import Ranks
+from megatron_infimed.train import checkpoint
+from megatron_infimed.train.checkpoint import Checkpoint
+from megatron_infimed.train.metrics import Metrics
+from megatron_infimed.train.optimizer import wrap_and_optimize
+from megatron_infimed.train.step import Run, StepResult, train_step
+
+log = logging.getLogger(__name__)
+
+
+def fit(recipe: Recipe) -> bool:
+    """Trains the stage, or what is left of it. True when it is done, False when a signal stopped it (saved; start it again).
+
+    Raises:
+        UserError: the recipe does not suit the processes, the data or what the run directory already holds; or training diverged.
+    """
+    ranks = groups.initialize(recipe.parallel, recipe.seed)
+    run_dir = Path(recipe.output)
+    logs.set_up(ranks.main, run_dir / "log", ranks.rank)
+    if problems := recipe.problems(ranks.world):
+        raise UserError("; ".join(problems))
+    tokenizer, shards = open_data(recipe)
+    schedule = build_schedule(recipe, shards)
+    start_from = checkpoint.find(recipe.init_from) if recipe.init_from else None
+    identity = _identity(recipe, schedule, shards, start_from)
+    last_step = min(schedule.total_steps, recipe.max_steps or schedule.total_steps)
+    if _is_done(run_dir, identity, last_step):
+        log.info("%s: done before, nothing to do", run_dir)
+        return True
+
+    newest = checkpoint.newest_sound(run_dir, ranks)
+    if newest is not None:
+        _refuse_other(run_dir, newest.state["identity"], identity)
+    run = _build(recipe, ranks, schedule.total_steps, newest, start_from)
+    first_step = schedule.step_at(tuple(newest.state["position"])) if newest else 0
+    if ranks.rank == 0:
+        (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+    _announce(recipe, ranks, schedule, first_step, newest, start_from)
+
+    loader = Loader(
+        recipe,
+        shards,
+        schedule,
+        pad_id=tokenizer.special.pad,
+        image_id=tokenizer.special.image_pad,
+        decoder=make_decoder(recipe.data.decoder, recipe.data.decode_threads, ranks.device) if ranks.first_stage else None,
+        dp_rank=ranks.data,
+        dp_size=ranks.data_size,
+        with_images=ranks.first_stage,
+    )
+    metrics = Metrics(recipe, run_dir, first_step, schedule.total_steps) if ranks.main else None
+
+    def save(step: int) -> Checkpoint:
+        state = {
+            "format": 1,
+            "version": __version__,
+            "step": step,
+            "position": list(schedule.position_after(step - 1)),
+            "recipe": recipe.model_dump(mode="json"),
+            "identity": identity,
+            "data": {s.prefix: shard.manifest.get("counts", {}) for s, shard in zip(recipe.data.sources, shards, strict=True)},
+        }
+        return checkpoint.save(run_dir, state, run.model.module, run.optimizer, ranks, keep=recipe.checkpoint.keep)
+
+    step, saved = first_step, newest if newest is not None and first_step else None
+    with _stop_on_signal(run):
+        waited = 0.0
+        for batches in loader.iterate(first_step, last_step):
+            result = train_step(run, step, batches)
+            _check_finite(result, step + 1, saved)
+            phase = schedule.phases[schedule.locate(step)[0]]
+            step, saved = step + 1, None
+            if metrics:
+                metrics.record(step, phase, result, loader.wait_seconds - waited)
+            waited = loader.wait_seconds
+            if result.stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < last_step):
+                saved = save(step)
+                if metrics:
+                    metrics.pause()
+            if result.stop:
+                break
+        stopped = step < last_step
+        saved = saved or save(step)
+    loader.close()
+    if metrics:
+        metrics.close()
+    if stopped:
+        log.info("%s: stopped by a signal after step %d, saved in %s; start it again to continue", run_dir, step, saved.path)
+        return False
+    if ranks.rank == 0:
+        done = {"identity": identity, "step": step, "checkpoint": saved.path.name, "checkpoint_sha256": saved.fingerprint}
+        _write_whole(run_dir / "DONE", json.dumps(done, indent=1))
+    log.info("%s: done after step %d, weights in %s", run_dir, step, saved.path)
+    return True
+
+
+def open_data(recipe: Recipe) -> tuple[Tokenizer, list[Shard]]:
+    """The recipe's tokenizer and shards, which must belong together.
+
+    Raises:
+        UserError: a missing or damaged shard, or one made with another tokenizer.
+    """
+    if not recipe.data.sources or not recipe.data.tokenizer:
+        raise UserError("the recipe names no data: set data.tokenizer and data.sources")
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    if tokenizer.vocab_size > recipe.model.language.vocab_size:
+        raise UserError(
+            f"{recipe.data.tokenizer} has {tokenizer.vocab_size} tokens but model.language.vocab_size is {recipe.model.language.vocab_size}: "
+            "take the model's own tokenizer, or raise vocab_size for a model trained from scratch"
+        )
+    shards = [Shard(source.prefix) for source in recipe.data.sources]
+    for shard in shards:
+        shard.check_tokenizer(tokenizer)
+    return tokenizer, shards
+
+
+def _build(recipe: Recipe, ranks: Ranks, total_steps: int, newest: Checkpoint | None, start_from: Checkpoint | None) -> Run:
+    with cpu.cuda_means_cpu():
+        model = InfiMed(recipe, ranks).to(ranks.device)
+    if newest is None and start_from is not None:
+        checkpoint.load_weights(start_from, model)  # before the optimizer copies them
+    elif newest is None:
+        initialize_weights(model, recipe)
+    wrapped, optimizer = wrap_and_optimize(model, recipe)
+    if newest is not None:
+        checkpoint.load_all(newest, model, optimizer)
+    return Run(recipe, ranks, wrapped, optimizer, total_steps)
+
+
+# What a run directory's checkpoints depend on. Everything else (layout, logging, decoder, how long to run) may change on resumption.
+_FREE = {
+    "output": ..., "parallel": ..., "checkpoint": ..., "log": ..., "max_steps": ..., "init_from": ...,
+    "precision": {"layers", "recompute"},
+    "data": {"decoder", "decode_threads", "prefetch", "sources", "tokenizer", "max_corrupt"},
+    "batch": {"micro_rows"},
+}  # fmt: skip
+
+
+def _identity(recipe: Recipe, schedule: Schedule, shards: list[Shard], start_from: Checkpoint | None) -> dict[str, Any]:
+    kept = recipe.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
+    return {
+        **{f"recipe.{name}": value for name, value in kept.items()},
+        "documents and rows": schedule.fingerprint,
+        "data files": [hashlib.sha256(json.dumps(s.manifest["files"], sort_keys=True).encode()).hexdigest() for s in shards],
+        "init_from": start_from.fingerprint if start_from else None,
+    }
+
+
+def _refuse_other(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        raise UserError(
+            f"{run_dir} holds a run that differs in {', '.join(changed)}: set output to a new directory, or delete this one to start again"
+        )
+
+
+def _is_done(run_dir: Path, identity: dict[str, Any], last_step: int) -> bool:
+    if not (run_dir / "DONE").exists():
+        return False
+    done = json.loads((run_dir / "DONE").read_text())
+    _refuse_other(run_dir, done["identity"], identity)
+    return done["step"] >= last_step and (run_dir / "checkpoints" / done["checkpoint"] / "sha256.json").exists()
+
+
+def _announce(
+    recipe: Recipe, ranks: Ranks, schedule: Schedule, first_step: int, newest: Checkpoint | None, start: Checkpoint | None
+) -> None:
+    layout = f"TP{ranks.tensor_size} PP{ranks.pipeline_size} DP{ranks.data_size}{' SP' if recipe.parallel.sequence else ''}"
+    weights = f"resumed from {newest.path}" if newest else f"weights of {start.path}" if start else "fresh weights"
+    log.info(
+        "%s: %d steps (%d done), %s on %d process%s, %s",
+        recipe.stage, schedule.total_steps, first_step, layout, ranks.world, "es" if ranks.world > 1 else "", weights,
+    )  # fmt: skip
+
+
+def _check_finite(result: StepResult, step: int, saved: Checkpoint | None) -> None:
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise UserError(
+            f"step {step}: loss {result.loss}, grad_norm {result.grad_norm}: training has diverged; "
+            "start it again from its last checkpoint with a lower optimizer.lr in a new output, or look at the data of this step"
+        )
+
+
+@contextmanager
+def _stop_on_signal(run: Run) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 (which SLURM sends before the time limit) end the run after the current step, saved."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        run.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{time.time_ns()}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
