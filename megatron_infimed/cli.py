@@ -17,7 +17,7 @@ import typer
 from megatron_infimed.config import Recipe, load_recipe
 from megatron_infimed.errors import UserError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n\n")[0])
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, see launch/recipes/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example optimizer.lr=2e-5")]
@@ -67,10 +67,34 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
         groups.shut_down()
 
 
+@app.command()
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    questions: Annotated[Path, typer.Option(help="jsonl: id, image, question, answer, kind, ...")] = Path("questions.jsonl"),
+    images: Annotated[Path, typer.Option(help="folder that image paths start from")] = Path(),
+    output: Annotated[Path, typer.Option(help="folder for answers.jsonl and scores.json")] = Path("evaluation"),
+    checkpoint: Annotated[str | None, typer.Option(help="checkpoint or run directory (default: the recipe's output)")] = None,
+    gray: Annotated[bool, typer.Option(help="ask everything again with gray images: what is still right was not seen")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """Answers questions about held-out images with a trained checkpoint, greedily, and scores them. Alone, or under torchrun or srun."""
+    from megatron_infimed.evaluate.run import evaluate
+    from megatron_infimed.parallel import groups
+
+    settings = load_recipe(recipe, overrides or [])
+    try:
+        evaluate(settings, questions, images, output, gray=gray, checkpoint=checkpoint, max_new_tokens=max_new_tokens)
+    finally:
+        groups.shut_down()
+
+
 def run(command: typer.Typer) -> None:
     """Runs a typer app under the project's error rule; the tools/ scripts use it too."""
     if not os.environ.get("MEGATRON_INFIMED_WARNINGS"):
-        warnings.simplefilter("ignore")  # Megatron-Core says a dozen times at import that Transformer Engine is not there; `check` says it once
+        warnings.simplefilter(
+            "ignore"
+        )  # Megatron-Core says a dozen times at import that Transformer Engine is not there; `check` says it once
     try:
         command()
     except UserError as e:

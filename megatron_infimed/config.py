@@ -26,15 +26,15 @@ class _Section(BaseModel):
 class VisionConfig(_Section):
     """A SigLIP tower. Defaults: SO400M/14-384."""
 
-    image_size: int = Field(384, gt=0)
+    image_size: int = Field(default=384, gt=0)
     """The size the position embeddings were trained at; other sizes interpolate them."""
-    patch_size: int = Field(14, gt=0)
-    hidden_size: int = Field(1152, gt=0)
-    num_layers: int = Field(27, gt=1)
-    num_heads: int = Field(16, gt=0)
-    ffn_hidden_size: int = Field(4304, gt=0)
-    layernorm_eps: float = Field(1e-6, gt=0)
-    feature_layer: int = Field(-2, le=-1)
+    patch_size: int = Field(default=14, gt=0)
+    hidden_size: int = Field(default=1152, gt=0)
+    num_layers: int = Field(default=27, gt=1)
+    num_heads: int = Field(default=16, gt=0)
+    ffn_hidden_size: int = Field(default=4304, gt=0)
+    layernorm_eps: float = Field(default=1e-6, gt=0)
+    feature_layer: int = Field(default=-2, le=-1)
     """-1 takes the output of the last block, before the final norm; -2 that of the block before it. Later blocks are not built."""
 
     @property
@@ -50,16 +50,16 @@ class VisionConfig(_Section):
 class LanguageConfig(_Section):
     """A Qwen3 decoder. Defaults: Qwen3-4B."""
 
-    hidden_size: int = Field(2560, gt=0)
-    num_layers: int = Field(36, gt=0)
-    num_heads: int = Field(32, gt=0)
-    num_kv_heads: int = Field(8, gt=0)
-    head_dim: int = Field(128, gt=0)
-    ffn_hidden_size: int = Field(9728, gt=0)
-    vocab_size: int = Field(151936, gt=0)
-    rope_theta: float = Field(1e6, gt=0)
-    norm_eps: float = Field(1e-6, gt=0)
-    max_positions: int = Field(40960, gt=0)
+    hidden_size: int = Field(default=2560, gt=0)
+    num_layers: int = Field(default=36, gt=0)
+    num_heads: int = Field(default=32, gt=0)
+    num_kv_heads: int = Field(default=8, gt=0)
+    head_dim: int = Field(default=128, gt=0)
+    ffn_hidden_size: int = Field(default=9728, gt=0)
+    vocab_size: int = Field(default=151936, gt=0)
+    rope_theta: float = Field(default=1e6, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
+    max_positions: int = Field(default=40960, gt=0)
     """Written to the exported config; RoPE has no table to outgrow."""
     tied_embeddings: bool = True
 
@@ -67,7 +67,7 @@ class LanguageConfig(_Section):
 class ModelConfig(_Section):
     vision: VisionConfig = VisionConfig()
     language: LanguageConfig = LanguageConfig()
-    init_std: float | None = Field(None, gt=0)
+    init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of fresh weights; null takes width ** -0.5 for each part (what small models from scratch need)."""
 
 
@@ -82,11 +82,11 @@ class TrainableConfig(_Section):
 class ParallelConfig(_Section):
     """Sizes of the parallel groups; data parallelism is what the number of processes leaves over."""
 
-    tensor: int = Field(1, gt=0)
-    pipeline: int = Field(1, gt=0)
+    tensor: int = Field(default=1, gt=0)
+    pipeline: int = Field(default=1, gt=0)
     sequence: bool = False
     """Megatron's sequence parallelism inside the tensor parallel group."""
-    first_stage_layers: int | None = Field(None, ge=0)
+    first_stage_layers: int | None = Field(default=None, ge=0)
     """Language layers on the first pipeline stage, which also holds the tower; null divides evenly."""
 
     @property
@@ -103,15 +103,20 @@ class PrecisionConfig(_Section):
     recompute: Literal["none", "full"] = "none"
     """full: recompute every layer's activations in the backward pass (tower and language model)."""
 
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
 
 class SourceConfig(_Section):
     """One shard set of the mixture."""
 
     prefix: str
     """Path without suffix: PREFIX.text.bin, PREFIX.image.bin, PREFIX.json."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(default=None, gt=0)
     """Share of `data.documents` among the weighted sources. Give this or epochs."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Times each document is seen (fractions allowed). Default 1 where weight is not given."""
 
     @model_validator(mode="after")
@@ -123,24 +128,24 @@ class SourceConfig(_Section):
 
 class DataConfig(_Section):
     sources: tuple[SourceConfig, ...] = ()
-    documents: int | None = Field(None, gt=0)
+    documents: int | None = Field(default=None, gt=0)
     """Documents drawn from the weighted sources together; needed when a source has a weight."""
     tokenizer: str = ""
     """Hugging Face folder or SentencePiece .model; its fingerprint must be that of the shards."""
-    capacity: int = Field(4096, gt=0)
+    capacity: int = Field(default=4096, gt=0)
     """Tokens in a row, image tokens included."""
-    max_images: int | None = Field(None, gt=0)
+    max_images: int | None = Field(default=None, gt=0)
     """Images in a row at most: bounds the tower's memory."""
-    alignment: int = Field(16, gt=0)
+    alignment: int = Field(default=16, gt=0)
     """capacity must be a multiple; 16 suits FP8 (delayed, tensorwise), 128 its blockwise recipe."""
     overlong: Literal["cut", "reject", "error"] = "cut"
     """A document longer than a row: cut at a turn boundary, left out with a reason, or refused before training."""
     decoder: Literal["auto", "torch", "dali"] = "auto"
     """auto: DALI where it and a GPU are there, else simplejpeg + torch."""
-    decode_threads: int = Field(2, gt=0)
-    prefetch: int = Field(2, gt=0)
+    decode_threads: int = Field(default=2, gt=0)
+    prefetch: int = Field(default=2, gt=0)
     """Batches read and decoded ahead of the step."""
-    max_corrupt: int = Field(4, ge=0)
+    max_corrupt: int = Field(default=4, ge=0)
     """Corrupt images in one row that become gray before the run stops."""
     seed: int = 0
 
@@ -177,14 +182,14 @@ class PhaseConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    lr: float = Field(5e-5, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(default=5e-5, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    clip: float = Field(1.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, ge=0)
     """Global gradient norm is clipped to this; 0 does not clip (the norm is logged all the same)."""
-    warmup: float = Field(0.03, ge=0, lt=1)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
     """Fraction of the steps with linearly rising learning rate."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
 
@@ -196,9 +201,9 @@ class OptimizerConfig(_Section):
 
 
 class BatchConfig(_Section):
-    rows: int = Field(256, gt=0)
+    rows: int = Field(default=256, gt=0)
     """Rows in a global batch; the same for every layout."""
-    micro_rows: int = Field(1, gt=0)
+    micro_rows: int = Field(default=1, gt=0)
     """Rows a process pushes through at once (they are laid end to end; documents stay isolated)."""
 
     @model_validator(mode="after")
@@ -209,14 +214,14 @@ class BatchConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    every: int = Field(500, ge=0)
+    every: int = Field(default=500, ge=0)
     """Steps between checkpoints; 0 saves only at the end."""
-    keep: int = Field(2, gt=0)
+    keep: int = Field(default=2, gt=0)
     """Newest checkpoints kept."""
 
 
 class LogConfig(_Section):
-    every: int = Field(10, gt=0)
+    every: int = Field(default=10, gt=0)
     """Steps between printed lines; metrics.jsonl has every step."""
     tensorboard: bool = True
 
@@ -237,7 +242,7 @@ class Recipe(_Section):
     schedule: tuple[PhaseConfig, ...] = Field(min_length=1)
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many steps although the schedule is not done (the learning rate still follows the whole schedule)."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

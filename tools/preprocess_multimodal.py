@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Image-text data -> shard. See megatron_infimed/data/preprocess.py."""
 
-from megatron_infimed.data.preprocess import main
+from megatron_infimed.cli import run
+from megatron_infimed.data.preprocess import app
 
 if __name__ == "__main__":
-    main()
+    run(app)

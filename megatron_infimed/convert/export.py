@@ -12,7 +12,6 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,8 @@ def export(source: Path, output: Path, *, tokenizer: Path | None = None, dtype: 
     records = _write_weights(aside, plan)
     kept = dtype or recipe.precision.params
     portable.write_files(aside, recipe, tokenizer, kept, portable.model_card(recipe, state, found.fingerprint))
-    _audit(aside, plan, records, model)
-    report = {"checkpoint": str(found.path.resolve()), "fingerprint": found.fingerprint, "step": state["step"], "tensors": records}
-    (aside / "conversion.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    _audit(aside, plan, records)
+    _write_report(aside / "conversion.json", {"checkpoint": str(found.path.resolve()), "fingerprint": found.fingerprint}, records)
     if output.exists():
         shutil.rmtree(output)
     aside.rename(output)
@@ -119,7 +117,9 @@ def _plan(recipe: Recipe, model: InfiMed, written_as: dict[str, torch.dtype]) ->
     table = entries(recipe.model)
     unmapped, absent = weights.keys() - {e.ours for e in table}, {e.ours for e in table} - weights.keys()
     if unmapped or absent:
-        raise UserError(f"convert/table.py: no row for {sorted(unmapped) or 'none'}; no weight for {sorted(absent) or 'none'}: add the rows")
+        raise UserError(
+            f"convert/table.py: no row for {sorted(unmapped) or 'none'}; no weight for {sorted(absent) or 'none'}: add the rows"
+        )
     broken = [name for name, w in weights.items() if not bool(w.isfinite().all())]
     if broken:
         raise UserError(f"{len(broken)} weights hold NaN or infinity ({', '.join(broken[:3])}, ...): take an earlier checkpoint")
@@ -155,24 +155,37 @@ def _write_weights(folder: Path, plan: list[_Row]) -> list[dict[str, Any]]:
     return records
 
 
-def _audit(folder: Path, plan: list[_Row], records: list[dict[str, Any]], model: InfiMed) -> None:
+def _write_report(file: Path, about: dict[str, str], records: list[dict[str, Any]]) -> None:
+    """JSON with one tensor a line."""
+    head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
+    tensors = ",\n".join(json.dumps(record) for record in records)
+    file.write_text(f'{{{head}"tensors": [\n{tensors}\n]}}\n', encoding="utf-8")
+
+
+def _audit(folder: Path, plan: list[_Row], records: list[dict[str, Any]]) -> None:
     """
     Raises:
         UserError: naming what differs.
     """
-    read = {name: (file, tensor) for file, name, tensor in _read_names(folder)}
-    wrong = [r["name"] for r in records if r["name"] not in read or r != {**r, **_record(r["name"], _tensor(folder, r))}]
-    wrong += sorted(read.keys() - {r["name"] for r in records})
-    by_name = {r["name"]: r for r in records}
-    for row in plan:
-        back = [_tensor(folder, by_name[name]) for name in row.names]
+    there = Counter(name for file in sorted(folder.glob("*.safetensors")) for name in _names(file))
+    wrong = [f"{name} is written {n} times" for name, n in there.items() if n > 1]
+    wrong += [f"{name} is written and not planned" for name in there.keys() - {r["name"] for r in records}]
+    wrong += [f"{name} is planned and not written" for name in {r["name"] for r in records} - there.keys()]
+    planned = {r["name"]: r for r in records}
+    for row in plan if not wrong else ():
+        back = [_read(folder / planned[name]["file"], name) for name in row.names]
+        wrong += [
+            f"{name} is not what was written"
+            for name, t in zip(row.names, back, strict=True)
+            if _record(name, t) != _without_place(planned[name])
+        ]
         if row.entry and not torch.equal(row.entry.join(back), row.source.to(device="cpu", dtype=row.dtype)):
-            wrong.append(row.ours)
+            wrong.append(f"{row.ours} does not come back")
     ours, stock = Counter(tuple(r["shape"]) for r in records), _stock_shapes(folder)
-    wrong += [f"{n} stock tensors of shape {list(shape)} without a value" for shape, n in (stock - ours).items()]
-    wrong += [f"{n} tensors of shape {list(shape)} that the stock class lacks" for shape, n in (ours - stock).items()]
+    wrong += [f"{n} stock tensors of shape {list(shape)} have no value" for shape, n in (stock - ours).items()]
+    wrong += [f"{n} tensors of shape {list(shape)} are none of the stock class" for shape, n in (ours - stock).items()]
     if wrong:
-        raise UserError(f"the audit of the export failed on {len(wrong)} items: {'; '.join(wrong[:5])}: nothing was written, report this")
+        raise UserError(f"{folder}: the audit of the export failed on {len(wrong)} items ({'; '.join(wrong[:5])}): report this")
 
 
 def _stock_shapes(folder: Path) -> Counter[tuple[int, ...]]:
@@ -182,3 +195,50 @@ def _stock_shapes(folder: Path) -> Counter[tuple[int, ...]]:
     with torch.device("meta"):
         stock = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     return Counter(tuple(p.shape) for p in stock.parameters())
+
+
+def _record(name: str, tensor: Tensor) -> dict[str, Any]:
+    data: Any = tensor.contiguous().view(torch.uint8).numpy()  # hashed in place: no copy of a large embedding
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _without_place(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("file", "from")}
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as f:
+        return list(f.keys())
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as f:
+        return f.get_tensor(name)
+
+
+def _refuse_pooling(recipe: Recipe, path: Path) -> None:
+    phase, patch = recipe.schedule[-1], recipe.model.vision.patch_size
+    side = phase.image_size // patch
+    if phase.tokens_per_image != side**2:
+        raise UserError(
+            f"{path}: its last phase pools {side}x{side} patches to {phase.tokens_per_image} tokens an image, which no stock Hugging Face "
+            f"class does: evaluate it with `evaluate` of this package, or train a last phase with image_size {phase.image_size} and "
+            f"tokens_per_image {side**2}"
+        )
+
+
+def _recipe_tokenizer(recipe: Recipe) -> Path:
+    if not recipe.data.tokenizer:
+        raise UserError("the checkpoint's recipe names no tokenizer: give its Hugging Face folder with --tokenizer")
+    return Path(recipe.data.tokenizer)
+
+
+def _dtypes(recipe: Recipe, state: dict[str, Any], dtype: str | None) -> dict[str, torch.dtype]:
+    """What each part is written as."""
+    stored = {} if dtype else state.get("imported", {}).get("stored", {})
+    return {part: getattr(torch, stored.get(part) or dtype or recipe.precision.params) for part in PREFIX}

@@ -1,8 +1,9 @@
 """Hugging Face folders as a source: their sizes from config.json, their tensors from safetensors files.
 
-What our model cannot express (another activation, a sliding window, attention biases, scaled RoPE, another architecture) is refused by name;
-nothing is guessed. Both ways of writing `rope_theta` (top level, and transformers 5's `rope_parameters`) and both ways of storing SigLIP (the
-whole model, or its vision half with or without the `vision_model.` prefix) are read. Pickled weights are never opened: they can run code.
+What our model cannot express (another activation, a sliding window, attention biases, scaled RoPE, another architecture) is refused by
+name; nothing is guessed. Both ways of writing `rope_theta` (top level, and transformers 5's `rope_parameters`) and both ways of storing
+SigLIP (the whole model, or its vision half with or without the `vision_model.` prefix) are read. Pickled weights are never opened: they
+can run code.
 """
 
 from __future__ import annotations

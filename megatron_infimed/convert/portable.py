@@ -1,11 +1,12 @@
 """The small files of an exported folder: what transformers 4.52 and 5, vLLM and MedEvalKit all read the same way.
 
-transformers 5 would write another layout by itself, from which 4.52 loads a random tower and a wrong rope_theta with no more than a warning.
+transformers 5 would write another layout by itself, from which 4.52 loads a random tower and a wrong rope_theta with only a warning.
 So the files are written here, in the older of the two ways wherever they differ: rope_theta at the top of text_config, torch_dtype, both
 names of the image token's id, preprocessor_config.json, tokenizer class PreTrainedTokenizerFast.
 
-The tower's `vision_feature_layer` is -1: the exported tower has just the blocks that our model has (SigLIP's later blocks are never built), and
-its last block's output, before the final norm, is the feature. The final norm that the stock class insists on is there as an identity and unused.
+The tower's `vision_feature_layer` is -1: the exported tower has just the blocks that our model has (SigLIP's later blocks are never
+built), and its last block's output, before the final norm, is the feature. The final norm that the stock class insists on is there as an
+identity and unused.
 """
 
 from __future__ import annotations
@@ -86,11 +87,22 @@ def usable_tokenizer(path: Path, recipe: Recipe) -> Tokenizer:
     """
     tokenizer, vocabulary = load_tokenizer(path), recipe.model.language.vocab_size
     if tokenizer.kind != "huggingface":
-        raise UserError(f"{path}: a SentencePiece model has no tokenizer.json, which the exported folder needs; name a Hugging Face folder with --tokenizer")
+        raise UserError(
+            f"{path}: a SentencePiece model, and the exported folder needs a tokenizer.json: name a Hugging Face folder with the same ids "
+            "with --tokenizer"
+        )
     if tokenizer.vocab_size > vocabulary:
         raise UserError(
-            f"{path}: ids up to {tokenizer.vocab_size - 1} but the model has {vocabulary} embeddings: name the tokenizer the shards were made with"
+            f"{path}: ids up to {tokenizer.vocab_size - 1}, but the model has {vocabulary} embeddings: name the tokenizer that the shards "
+            "were made with"
         )
+    trained_with = Path(recipe.data.tokenizer) if recipe.data.tokenizer else path
+    if (
+        trained_with.exists()
+        and (trained := load_tokenizer(trained_with)).kind == "huggingface"
+        and trained.fingerprint != tokenizer.fingerprint
+    ):
+        raise UserError(f"{path}: gives other ids than {trained_with}, which the recipe was trained with: leave --tokenizer out")
     return tokenizer
 
 
@@ -176,15 +188,16 @@ tags: [llava, medical]
 ---
 # {recipe.stage}, step {state["step"]}
 SigLIP tower ({v.built_layers} of {v.num_layers} blocks, patch {v.patch_size}, width {v.hidden_size}), two-layer projector, Qwen3
-({lm.num_layers} layers, width {lm.hidden_size}). Trained with megatron-infimed {state.get("version", __version__)}; exported by {__version__} as a stock
-`LlavaForConditionalGeneration`. Loads in transformers 4.52 and 5, and in vLLM.
+({lm.num_layers} layers, width {lm.hidden_size}). Made with megatron-infimed {state.get("version", "?")}, exported by {__version__} as a
+stock `LlavaForConditionalGeneration`. Loads in transformers 4.52 and 5, and in vLLM.
 
-The tower ends at the feature layer ({v.feature_layer} of the original), so `vision_feature_layer` is -1 here; its final norm is an identity and unused.
-`conversion.json` lists every tensor with its hash and the weight it came from.
+The tower ends at the feature layer ({v.feature_layer} of the original), so `vision_feature_layer` is -1 here; its final norm is an
+identity and unused. `conversion.json` lists every tensor with its hash and the weight it came from.
 
 Not a medical device: answers about patients' images need a clinician's check.
 
 ## Resolution schedule
+{_reached(recipe, state)}
 | phase | until (share of documents) | pixels | tokens per image |
 |---|---|---|---|
 {phases}
@@ -201,6 +214,13 @@ Checkpoint fingerprint (SHA-256 over the hashes of its files): `{fingerprint}`
 ```yaml
 {yaml.safe_dump(state["recipe"], sort_keys=False)}```
 """
+
+
+def _reached(recipe: Recipe, state: dict[str, Any]) -> str:
+    phase, packs = state["position"]
+    if state["step"] and phase < len(recipe.schedule) - 1:
+        return f"Training stopped in phase {phase} after {packs:,} packed rows: **the last phase, which this folder is set up for, was not reached.**"
+    return f"Exported at phase {phase}, {packs:,} packed rows into it." if state["step"] else "Not trained yet."
 
 
 def _share(source: Any) -> str:
@@ -228,6 +248,7 @@ def _write_tokenizer(folder: Path, tokenizer: Path, special: SpecialIds) -> None
             "unk_token": None,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000,
+            "model_input_names": ["input_ids", "attention_mask"],  # 4.52 would add token_type_ids, which generate refuses
             "chat_template": CHAT_TEMPLATE,
         },
     )

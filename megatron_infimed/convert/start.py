@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from megatron_infimed import __version__
 from megatron_infimed.config import ModelConfig, ParallelConfig, PhaseConfig, PrecisionConfig, Recipe
@@ -53,7 +54,9 @@ def import_checkpoint(
     table = [e for e in entries(model_config) if e.part in sources]
     left_out = _left_out(sources, prefix, table, model_config)
 
-    stored = {part: {folder.dtypes[prefix[part] + n] for e in table if e.part == part for n in e.theirs} for part, folder in sources.items()}
+    stored = {
+        part: {folder.dtypes[prefix[part] + n] for e in table if e.part == part for n in e.theirs} for part, folder in sources.items()
+    }
     narrow = all(d == {torch.bfloat16} for d in stored.values())
     recipe = _recipe(model_config, dtype or ("bfloat16" if narrow else "float32"), language, output, seed)
     ranks = groups.initialize(recipe.parallel, seed)
@@ -78,16 +81,12 @@ def import_checkpoint(
     return checkpoint.save(output, state, model, None, ranks)
 
 
-class _ProjectorOnly(nn.Module):
+class _ProjectorOnly(MegatronModule):
     """The part of a model that starts from fresh weights, under its own name."""
 
     def __init__(self, model: InfiMed) -> None:
-        super().__init__()
+        super().__init__(config=model.config)
         self.projector = model.projector
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        assert self.projector is not None
-        return self.projector.sharded_state_dict(prefix="projector.")
 
 
 def _recipe(model: ModelConfig, dtype: str, language: Path, output: Path, seed: int) -> Recipe:
@@ -115,14 +114,19 @@ def _left_out(sources: dict[str, hf.Folder], prefix: dict[str, str], table: list
         wanted = {prefix[part] + n for e in table if e.part == part for n in e.theirs}
         missing = sorted(wanted - folder.shapes.keys())
         if missing:
-            raise UserError(f"{folder.path}: {_listed(missing)} missing, config.json promises it: the download is incomplete or of another model")
+            raise UserError(
+                f"{folder.path}: {_listed(missing)} missing, config.json promises it: the download is incomplete or of another model"
+            )
         for name in sorted(folder.shapes.keys() - wanted):
             if not _known_unused(part, name.removeprefix(prefix[part]), name, model):
                 raise UserError(
-                    f"{folder.path}: {name} {list(folder.shapes[name])} has no place in this model: config.json and weights are not of one model"
+                    f"{folder.path}: {name} {list(folder.shapes[name])} has no place in the model that config.json describes: "
+                    "give a folder whose two parts belong together"
                 )
             if name == "lm_head.weight" and not torch.equal(folder.read(name), folder.read("model.embed_tokens.weight")):
-                raise UserError(f"{folder.path}: lm_head.weight differs from the embeddings: set tie_word_embeddings to false in config.json")
+                raise UserError(
+                    f"{folder.path}: lm_head.weight differs from the embeddings: set tie_word_embeddings to false in config.json"
+                )
             unused.append(f"{part}: {name}")
     return unused
 
@@ -146,7 +150,8 @@ def _fill(model: InfiMed, sources: dict[str, hf.Folder], prefix: dict[str, str],
         for name, part in zip(names, entry.split(place), strict=True):
             if folder.shapes[name] != tuple(part.shape):
                 raise UserError(
-                    f"{folder.path}: {name} is {list(folder.shapes[name])}, config.json makes it {list(part.shape)}: they are not of one model"
+                    f"{folder.path}: {name} is {list(folder.shapes[name])}, but config.json makes it {list(part.shape)}: "
+                    "give a folder whose two parts belong together"
                 )
         place.copy_(entry.join([folder.read(name) for name in names]))
     fresh = {name for name in places if name.startswith("projector.")}

@@ -100,12 +100,13 @@ class Entry:
 def entries(model: ModelConfig) -> list[Entry]:
     """The table written out for a model: every weight it has, once."""
     v, lm = model.vision, model.language
-    out = []
-    for part, rows, layers, groups, heads in (
+    parts: tuple[tuple[Part, tuple[tuple[str, str], ...], int, int, int], ...] = (
         ("vision", _VISION, v.built_layers, v.num_heads, 1),
         ("projector", _PROJECTOR, 0, 1, 1),
         ("language", _LANGUAGE, lm.num_layers, lm.num_kv_heads, lm.num_heads // lm.num_kv_heads),
-    ):
+    )
+    out = []
+    for part, rows, layers, groups, heads in parts:
         for ours, theirs in rows:
             if ours == "output_layer.weight" and lm.tied_embeddings:
                 continue

@@ -264,11 +264,3 @@ def command(
         console=Console(stderr=True),
     )
     Console().print(summary(output, outcome))
-
-
-def main() -> None:
-    try:
-        app()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)

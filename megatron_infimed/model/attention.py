@@ -8,6 +8,8 @@ one full, unmasked attention. Megatron-Core calls this class as `core_attention`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -35,9 +37,8 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """[T, A, D], [T, G, D] with packed_seq_params -> [T, A*D]; [S, B, A, D] without -> [S, B, A*D]."""
         if packed_seq_params is None:
-            out_BASD = F.scaled_dot_product_attention(
-                *(x.permute(1, 2, 0, 3) for x in (query, key, value)), is_causal=self.causal, enable_gqa=True
-            )
+            q_BASD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out_BASD = F.scaled_dot_product_attention(q_BASD, k_BGSD, v_BGSD, is_causal=self.causal, enable_gqa=True)
             return out_BASD.permute(2, 0, 1, 3).flatten(2)
         if query.is_cuda:
             return _varlen(query, key, value, packed_seq_params)
@@ -45,19 +46,30 @@ class PackedAttention(MegatronModule):
 
 
 def _segments(query_TAD: Tensor, key_TGD: Tensor, value_TGD: Tensor, cu_seqlens: Tensor) -> Tensor:
-    # split, not slices: the backward of each slice writes a zero tensor as large as the row
+    # Four dimensions and equal head counts: what torch's flash kernel for CPUs takes (tests/benchmarks/attention.py).
+    # split, not slices: the backward of each slice writes a zero tensor as large as the row.
     lengths = cu_seqlens.diff().tolist()
+    key_TAD, value_TAD = _for_each_head(query_TAD, key_TGD), _for_each_head(query_TAD, value_TGD)
     parts = [
-        F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, enable_gqa=True)
-        for q, k, v in zip(query_TAD.split(lengths), key_TGD.split(lengths), value_TGD.split(lengths), strict=True)
+        F.scaled_dot_product_attention(_alone(q), _alone(k), _alone(v), is_causal=True)
+        for q, k, v in zip(query_TAD.split(lengths), key_TAD.split(lengths), value_TAD.split(lengths), strict=True)
     ]
-    return torch.cat([part.transpose(0, 1) for part in parts]).flatten(1)
+    return torch.cat([part.squeeze(0).transpose(0, 1) for part in parts]).flatten(1)
+
+
+def _alone(document_TAD: Tensor) -> Tensor:
+    return document_TAD.transpose(0, 1).unsqueeze(0)
+
+
+def _for_each_head(query_TAD: Tensor, shared_TGD: Tensor) -> Tensor:
+    groups = query_TAD.size(1) // shared_TGD.size(1)
+    return shared_TGD.repeat_interleave(groups, dim=1) if groups > 1 else shared_TGD
 
 
 def _varlen(query_TAD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSeqParams) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = query_TAD.size(1) // key_TGD.size(1)
-    key_TAD, value_TAD = (x.repeat_interleave(groups, dim=1) for x in (key_TGD, value_TGD))
+    causal: Any = {"is_causal": True} if torch.__version__ < "2.11" else {"window_size": (-1, 0)}
+    key_TAD, value_TAD = _for_each_head(query_TAD, key_TGD), _for_each_head(query_TAD, value_TGD)
     cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    return varlen_attn(query_TAD, key_TAD, value_TAD, cu, cu, longest, longest, is_causal=True).flatten(1)
+    return varlen_attn(query_TAD, key_TAD, value_TAD, cu, cu, longest, longest, **causal).flatten(1)  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ Steps 1 to 3 happen on the first pipeline stage, which alone holds the tower and
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -36,7 +37,7 @@ class Qwen3(GPTModel):
     def _postprocess(
         self, hidden_states: Tensor, *_args, labels: Tensor | None = None, loss_mask: Tensor | None = None, **_kwargs
     ) -> Tensor:
-        """[T, 1, H] -> loss of each target [targets] with labels and loss_mask; logits [T, V / tensor] (gathered: [T, V]) without."""
+        """[T, 1, H] -> the loss of each target [targets] with labels and loss_mask; without them logits [T, V / tensor] (gathered: [T, V])."""
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -69,7 +70,7 @@ class InfiMed(MegatronModule):
         layers = recipe.precision.layers
         self.language_model = Qwen3(
             config=config,
-            transformer_layer_spec=specs.language_block(config, layers),
+            transformer_layer_spec=specs.language_block(config, layers),  # type: ignore[arg-type] # TransformerBlock takes both
             vocab_size=lm.vocab_size,
             max_sequence_length=lm.max_positions,
             pre_process=self.pre_process,
@@ -132,7 +133,7 @@ class InfiMed(MegatronModule):
         out, bias = self.projector(pooled_NtC.flatten(0, 1))
         return out + bias
 
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+    def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by the pipeline schedule with what the stage before sent."""
         self.language_model.set_input_tensor(input_tensor)
 

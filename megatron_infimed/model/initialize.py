@@ -29,6 +29,7 @@ def initialize_weights(model: InfiMed, recipe: Recipe) -> None:
         "language_model": recipe.model.language.hidden_size,
     }
     for tensor in _sharded_tensors(model.sharded_state_dict()):
+        assert tensor.data is not None
         if tensor.key.endswith("bias"):
             tensor.data.zero_()
         elif "norm" not in tensor.key:

@@ -39,7 +39,7 @@ def language_config(recipe: Recipe) -> TransformerConfig:
         apply_rope_fusion=te,
         pipeline_model_parallel_size=parallel.pipeline,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
-        pipeline_dtype=params_dtype(recipe) if parallel.pipeline > 1 else None,
+        pipeline_dtype=params_dtype(recipe),
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,  # before DDP is built, else gradients are scaled wrongly and only grad_norm shows it
         finalize_model_grads_func=finalize_model_grads,

@@ -7,6 +7,7 @@ Engine's), so a checkpoint written with one loads into the other.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
@@ -41,7 +42,7 @@ def language_layer(layers: str) -> ModuleSpec:
 def vision_layer(layers: str) -> ModuleSpec:
     """One SigLIP layer: the same, seeing every patch (the stock ViT spec of 0.16.1 is causal)."""
     if use_transformer_engine(layers):
-        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=False))
+        spec: Any = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=False))
         spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
         return spec
     return _local(causal=False, qk_layernorm=False)
@@ -57,7 +58,7 @@ def block(layer: ModuleSpec, num_layers: int, layers: str) -> TransformerBlockSu
     if use_transformer_engine(layers):
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)  # type: ignore[arg-type]
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)  # type: ignore[arg-type]
 
 
@@ -69,7 +70,7 @@ def projector_submodules() -> MLPSubmodules:
 
 
 def _local(causal: bool, qk_layernorm: bool) -> ModuleSpec:
-    spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm"))
+    spec: Any = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm"))
     layer, attention = spec.submodules, spec.submodules.self_attention
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}

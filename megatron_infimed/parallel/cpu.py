@@ -84,7 +84,7 @@ def install() -> None:
     stand_in.cuda = _CudaOnCpu("cuda_on_cpu")  # type: ignore[attr-defined]
     for name in _MODULES:
         importlib.import_module(f"megatron.core.{name}").torch = stand_in  # type: ignore[attr-defined]
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
 

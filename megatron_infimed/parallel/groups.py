@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,9 +95,9 @@ def initialize(parallel: ParallelConfig, seed: int = 0, timeout_minutes: int = 3
         create_gloo_process_groups=cuda,  # on the CPU every group is a gloo group already
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)  # layers fork this random state under sequence parallelism
-    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    data_group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    pipeline_group: Any = parallel_state.get_pipeline_model_parallel_group()
+    tensor_group: Any = parallel_state.get_tensor_model_parallel_group()
     return Ranks(
         world=world,
         rank=rank,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -248,11 +247,3 @@ def command(
         except OSError as e:
             raise UserError(f"{html}: cannot write there ({e.strerror})") from None
         print(f"drawn: {html}")
-
-
-def main() -> None:
-    try:
-        app()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_infimed.config import ModelConfig
 from megatron_infimed.errors import UserError
@@ -81,6 +81,26 @@ def find(path: str | os.PathLike[str]) -> Checkpoint:
     return found[-1]
 
 
+def find_sound(path: str | os.PathLike[str], model: ModelConfig, ranks: Ranks) -> Checkpoint:
+    """Like `find`, for weights that are to be read: checked against their hashes and the model. Called by all processes together.
+
+    Raises:
+        UserError: there is none, it is damaged, or of another model.
+    """
+    found = find(path)
+    if damaged := found.damaged(ranks):
+        raise UserError(f"{found.path} is damaged ({', '.join(damaged)}): take an older checkpoint of that run, or train on from one")
+    theirs, ours = _flat(found.model), _flat(model)
+    if other := [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]:
+        raise UserError(f"{found.path} holds another model than the recipe describes: {'; '.join(other)}")
+    return found
+
+
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    parts = model.model_dump(exclude={"init_std": True, "language": {"max_positions"}})
+    return {f"model.{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
 def in_run(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run directory, oldest first."""
     return [Checkpoint(p.parent) for p in sorted(run.glob("checkpoints/step_*[0-9]/sha256.json"))]
@@ -123,7 +143,7 @@ def load_weights(checkpoint: Checkpoint, model: InfiMed) -> None:
     """
     with _readable(checkpoint), cpu.cuda_means_cpu():
         sharded = _sharded_state(model, None, loading=True)
-        loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
+        loaded: Any = dist_checkpointing.load(sharded, str(checkpoint.path))
         model.load_state_dict(loaded["model"])
 
 
@@ -131,7 +151,7 @@ def load_all(checkpoint: Checkpoint, model: InfiMed, optimizer: MegatronOptimize
     """Reads weights and optimizer, resharding both where the layout is another one; all processes together."""
     with _readable(checkpoint), cpu.cuda_means_cpu():
         sharded = _sharded_state(model, optimizer, loading=True)
-        loaded = dist_checkpointing.load(sharded, str(checkpoint.path))
+        loaded: Any = dist_checkpointing.load(sharded, str(checkpoint.path))
         model.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
 
@@ -161,7 +181,7 @@ def _sharded_state(model: InfiMed, optimizer: MegatronOptimizer | None, loading:
 def _readable(checkpoint: Checkpoint):
     try:
         yield
-    except (CheckpointingException, KeyError, RuntimeError, torch.distributed.checkpoint.CheckpointException) as e:
+    except (CheckpointingException, KeyError, RuntimeError, CheckpointException) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{checkpoint.path}: does not load into this model ({reason}): is it of another recipe?") from e
 

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Kept by the main process alone."""
 
-    def __init__(self, recipe: Recipe, run: Path, first_step: int, total_steps: int) -> None:
-        self.every, self.total, self.stage = recipe.log.every, total_steps, recipe.stage
+    def __init__(self, recipe: Recipe, run: Path, first_step: int, total_steps: int, processes: int = 1) -> None:
+        self.every, self.total, self.stage, self.processes = recipe.log.every, total_steps, recipe.stage, processes
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
         aside = path.with_suffix(".tmp")
@@ -50,6 +50,7 @@ class Metrics:
         line: dict[str, Any] = {
             "step": step,
             "stage": self.stage,
+            "processes": self.processes,
             "phase": phase.number,
             "image_size": phase.image_size,
             "tokens_per_image": phase.tokens_per_image,

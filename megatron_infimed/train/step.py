@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from megatron_infimed.config import Recipe
 from megatron_infimed.data.batch import Counts, PackedBatch
+from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
 from megatron_infimed.parallel.groups import Ranks
 from megatron_infimed.train.optimizer import learning_rate
@@ -36,6 +38,11 @@ class Run:
     total_steps: int
     stop: bool = False
     """Set by a signal; every process learns of it in the same step."""
+
+    @property
+    def bare_model(self) -> InfiMed:
+        """The model without Megatron's wrapper: what checkpoints hold."""
+        return cast(InfiMed, self.model.module)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ def train_step(run: Run, step: int, batches: Sequence[PackedBatch]) -> StepResul
         group["lr"] = lr
     run.model.zero_grad_buffer()
     run.optimizer.zero_grad()
-    sums = get_forward_backward_func()(
+    forward_backward: Any = get_forward_backward_func()
+    sums = forward_backward(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=run.model,
@@ -70,7 +78,7 @@ def train_step(run: Run, step: int, batches: Sequence[PackedBatch]) -> StepResul
         forward_only=False,
     )
     with cpu.cuda_means_cpu():
-        applied, grad_norm, _ = run.optimizer.step()
+        applied, grad_norm, _ = cast(tuple[bool, float, Any], run.optimizer.step())
     loss, counts, stop = _over_all_processes(run, sums, batches)
     return StepResult(loss, float(grad_norm), lr, bool(applied), counts, stop)
 

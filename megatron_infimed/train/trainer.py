@@ -25,7 +25,7 @@ from megatron_infimed.config import Recipe, dump_recipe
 from megatron_infimed.data.chat import Tokenizer, load_tokenizer
 from megatron_infimed.data.decode import make_decoder
 from megatron_infimed.data.loader import Loader
-from megatron_infimed.data.schedule import Schedule, build_schedule
+from megatron_infimed.data.schedule import Position, Schedule, build_schedule
 from megatron_infimed.data.shards import Shard
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
@@ -54,7 +54,7 @@ def fit(recipe: Recipe) -> bool:
         raise UserError("; ".join(problems))
     tokenizer, shards = open_data(recipe)
     schedule = build_schedule(recipe, shards)
-    start_from = checkpoint.find(recipe.init_from) if recipe.init_from else None
+    start_from = checkpoint.find_sound(recipe.init_from, recipe.model, ranks) if recipe.init_from else None
     identity = _identity(recipe, schedule, shards, start_from)
     last_step = min(schedule.total_steps, recipe.max_steps or schedule.total_steps)
     if _is_done(run_dir, identity, last_step):
@@ -65,7 +65,7 @@ def fit(recipe: Recipe) -> bool:
     if newest is not None:
         _refuse_other(run_dir, newest.state["identity"], identity)
     run = _build(recipe, ranks, schedule.total_steps, newest, start_from)
-    first_step = schedule.step_at(tuple(newest.state["position"])) if newest else 0
+    first_step = schedule.step_at(Position(*newest.state["position"])) if newest else 0
     if ranks.rank == 0:
         (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     _announce(recipe, ranks, schedule, first_step, newest, start_from)
@@ -81,7 +81,7 @@ def fit(recipe: Recipe) -> bool:
         dp_size=ranks.data_size,
         with_images=ranks.first_stage,
     )
-    metrics = Metrics(recipe, run_dir, first_step, schedule.total_steps) if ranks.main else None
+    metrics = Metrics(recipe, run_dir, first_step, schedule.total_steps, ranks.world) if ranks.main else None
 
     def save(step: int) -> Checkpoint:
         state = {
@@ -91,9 +91,9 @@ def fit(recipe: Recipe) -> bool:
             "position": list(schedule.position_after(step - 1)),
             "recipe": recipe.model_dump(mode="json"),
             "identity": identity,
-            "data": {s.prefix: shard.manifest.get("counts", {}) for s, shard in zip(recipe.data.sources, shards, strict=True)},
+            "data": {s.prefix: _counts(shard) for s, shard in zip(recipe.data.sources, shards, strict=True)},
         }
-        return checkpoint.save(run_dir, state, run.model.module, run.optimizer, ranks, keep=recipe.checkpoint.keep)
+        return checkpoint.save(run_dir, state, run.bare_model, run.optimizer, ranks, keep=recipe.checkpoint.keep)
 
     step, saved = first_step, newest if newest is not None and first_step else None
     with _stop_on_signal(run):
@@ -145,6 +145,10 @@ def open_data(recipe: Recipe) -> tuple[Tokenizer, list[Shard]]:
     for shard in shards:
         shard.check_tokenizer(tokenizer)
     return tokenizer, shards
+
+
+def _counts(shard: Shard) -> dict[str, int]:
+    return {name: shard.manifest[name] for name in ("documents", "text_tokens", "target_tokens", "images", "distinct_images")}
 
 
 def _build(recipe: Recipe, ranks: Ranks, total_steps: int, newest: Checkpoint | None, start_from: Checkpoint | None) -> Run:

@@ -51,7 +51,7 @@ def test_every_document_is_in_one_row_and_budgets_hold(data: st.DataObject) -> N
 
 @pytest.mark.parametrize(
     ("tokens_per_image", "capacity", "max_images", "least"),
-    [  # least = lower bound / rows, measured with seed 0: 0.9988 0.9994 0.990 0.9976 1.0 0.980 0.9991
+    [  # least = lower bound / rows, measured with seed 0: 0.9988 0.9994 0.9901 0.9976 1.0 0.9808 0.9917
         (144, 4096, None, 0.998),
         (144, 4096, 18, 0.998),
         (144, 4096, 10, 0.985),  # both budgets nearly bind
@@ -75,7 +75,7 @@ def test_a_million_documents_take_well_under_a_second() -> None:
     lengths, images = mixture(1_000_000)
     begin = time.process_time()
     p = plan(lengths, images, capacity=4096)
-    assert time.process_time() - begin < 1.0  # measured 0.13 to 0.23
+    assert time.process_time() - begin < 1.0  # measured 0.13 to 0.23, the machine shared
     assert fill(lengths, p, 4096) >= 0.9985  # measured 0.9990
     check(p, lengths, images, 4096, None)
 
@@ -90,11 +90,29 @@ def test_seed_changes_company_and_order() -> None:
     assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.2  # rows do not come longest first
 
 
-def test_an_exact_partner_is_found() -> None:
-    lengths = np.array([70, 70, 15, 15, 40, 40, 20], np.int64)  # 70+15+15, then 70+... : best-fit-decreasing alone needs 4 rows
-    p = plan(lengths, np.zeros(7, np.int64), capacity=100)
-    check(p, lengths, np.zeros(7, np.int64), 100, None)
-    assert len(p) == lower_bound(lengths, np.zeros(7), 100) == 3
+def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
+    space: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fits = [(room, i) for i, room in enumerate(space) if room >= length]
+        if fits:
+            space[min(fits)[1]] -= length
+        else:
+            space.append(capacity - length)
+    return len(space)
+
+
+def test_rows_that_best_fit_decreasing_misses_are_found() -> None:
+    lengths, images = [20, 35, 20, 20, 60, 45], np.zeros(6, np.int64)  # 60+20+20 and 45+35+20; best fit puts 35 beside 60
+    p = plan(np.array(lengths), images, capacity=100)
+    check(p, np.array(lengths), images, 100, None)
+    assert len(p) == 2 < best_fit_decreasing(lengths, 100)
+
+
+def test_small_inputs_never_need_more_rows_than_best_fit_decreasing() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        lengths = rng.integers(2, 14, rng.integers(5, 9)) * 5
+        assert len(plan(lengths, np.zeros_like(lengths), capacity=100)) <= best_fit_decreasing(lengths.tolist(), 100)
 
 
 def test_empty() -> None:

@@ -1,0 +1,79 @@
+"""The house rules that a reader relies on: imports run one way, and heavy optional packages are imported in one place, when needed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_infimed"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Each part may import itself and those named.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "optional": {"errors"},
+    "log": set(),
+    "parallel": {"config", "errors"},
+    "data": {"config", "errors", "optional"},
+    "model": {"config", "errors", "optional", "data", "parallel"},
+    "train": {"config", "errors", "optional", "log", "data", "model", "parallel", "megatron_infimed"},
+    "convert": {"config", "errors", "optional", "log", "data", "model", "parallel", "train", "megatron_infimed", "cli"},
+    "evaluate": {"config", "errors", "optional", "log", "data", "model", "parallel", "train"},
+    "report": {"config", "errors", "data", "evaluate"},
+    "check": {"config", "errors", "optional", "data", "model", "parallel"},
+    "cli": None,  # everything
+    "__main__": None,
+    "__init__": set(),
+}
+HEAVY = {"transformer_engine", "nvidia", "flash_attn", "apex", "ray", "vllm"}
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """(module, whether the statement stands inside a function)"""
+    tree = ast.parse(path.read_text())
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "megatron_infimed":
+                yield from ((f"megatron_infimed.{alias.name}", id(node) in inside) for alias in node.names)
+            else:
+                yield node.module, id(node) in inside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    allowed = MAY_IMPORT[part_of(path)]
+    if allowed is None:
+        return
+    for module, _ in imports(path):
+        if module.startswith("megatron_infimed."):
+            part = module.split(".")[1]
+            part = "megatron_infimed" if part == "__version__" else part
+            assert part in allowed | {part_of(path)}, f"{path.name} imports {module}; {part_of(path)} may import {sorted(allowed)}"
+
+
+def test_parallel_state_and_transformer_config_have_one_place():
+    for path in FILES:
+        text = path.read_text()
+        assert "parallel_state" not in text or path.name == "groups.py" or "import parallel_state" not in text, path
+        assert "TransformerConfig(" not in text or path.name in ("presets.py",), path
+
+
+def test_heavy_packages_are_imported_in_one_file_inside_a_function():
+    where: dict[str, set[Path]] = {}
+    for path in FILES:
+        for module, inside in imports(path):
+            name = module.split(".")[0]
+            if name in HEAVY:
+                assert inside, f"{path}: {module} is imported at the top"
+                where.setdefault(name, set()).add(path)
+    assert all(len(paths) == 1 for paths in where.values()), where
