@@ -233,7 +233,7 @@ def evaluation_rows(split: str, pictures: list[Picture], seed: int, scale: float
     return [
         {
             "id": f"{split}-{number:04d}",
-            "image": picture.path,
+            "image": None if question.kind == "knowledge" else picture.path,
             "question": question.text,
             "answer": question.answer,
             "kind": question.kind,

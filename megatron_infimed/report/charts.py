@@ -57,7 +57,7 @@ def loss_track(stages: Sequence[Sequence[float]]) -> Track:
     inside = [(v, m) for v, m in marks if low <= math.log10(v) <= high]
     if len(inside) > 6:
         inside = [(v, m) for v, m in inside if m == 1] if len(inside) > 12 else [(v, m) for v, m in inside if m != 2]
-    return Track("loss", "".join(raw), "".join(line), [(y(v), f"{v:g}") for v, _ in inside])
+    return Track("loss", "".join(raw), "".join(line), [(y(v), f"{v:g}") for v, _ in inside if y(v) > 0.08 * HEIGHT])
 
 
 def step_track(name: str, values: Sequence[float]) -> Track:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import yaml
@@ -31,7 +33,7 @@ RECIPE = {
     "schedule": [{"until": 0.5, "image_size": 28, "tokens_per_image": 4}, {"until": 1.0, "image_size": 56, "tokens_per_image": 16}],
     "batch": {"rows": 4},
     "optimizer": {"lr": 2e-3, "clip": 0.3},
-    "checkpoint": {"every": 2, "keep": 2},
+    "checkpoint": {"every": 0, "keep": 2},
     "log": {"every": 1, "tensorboard": False},
 }  # fmt: skip
 
@@ -55,7 +57,7 @@ def make_data(folder: Path) -> Path:
     )  # fmt: skip
     recipe = {
         **RECIPE,
-        "data": {**RECIPE["data"], "tokenizer": str(tokenizer), "sources": [{"prefix": str(folder / "shard"), "epochs": 2}]},
+        "data": {**RECIPE["data"], "tokenizer": str(tokenizer), "sources": [{"prefix": str(folder / "shard"), "epochs": 1}]},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
@@ -102,11 +104,14 @@ def worst(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> f
 
 
 def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], number: int = signal.SIGKILL, timeout: float = 120) -> str:
-    """Sends a signal to the whole process group once the condition holds; what was printed until its end."""
+    """Sends a signal to the process and all below it once the condition holds; what was printed until its end."""
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < end, "the moment to kill never came"
         time.sleep(0.002)
-    os.killpg(process.pid, number)
+    top = psutil.Process(process.pid)
+    for one in (top, *top.children(recursive=True)):  # torchrun's workers are in sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(number)
     return process.communicate(timeout=120)[0]

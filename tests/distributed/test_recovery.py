@@ -10,6 +10,8 @@ import pytest
 
 from tests.distributed import runs
 
+SETTINGS = ["batch.rows=2", "checkpoint.every=2", "max_steps=8"]
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
@@ -19,7 +21,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "whole"
-    runs.train(recipe, output, "batch.rows=2", "checkpoint.every=2", processes=2)
+    runs.train(recipe, output, *SETTINGS, processes=2)
     return output
 
 
@@ -29,21 +31,21 @@ def lines(output):
 
 
 def resume_equals(recipe, output, whole):
-    text = runs.train(recipe, output, "batch.rows=2", "checkpoint.every=2", processes=2)
+    text = runs.train(recipe, output, *SETTINGS, processes=2)
     assert runs.figures(output) == runs.figures(whole), "losses must be the same to the last bit"
     assert (output / "DONE").exists()
     return text
 
 
 def test_kill_in_a_step(recipe, whole, tmp_path):
-    process = runs.start(recipe, tmp_path, "batch.rows=2", "checkpoint.every=2", processes=2)
+    process = runs.start(recipe, tmp_path, *SETTINGS, processes=2)
     runs.kill_when(process, lambda: lines(tmp_path) == 5)
     assert lines(tmp_path) < lines(whole)
     assert "resumed from" in resume_equals(recipe, tmp_path, whole)
 
 
 def test_kill_in_a_save(recipe, whole, tmp_path):
-    process = runs.start(recipe, tmp_path, "batch.rows=2", "checkpoint.every=2", processes=2)
+    process = runs.start(recipe, tmp_path, *SETTINGS, processes=2)
     runs.kill_when(process, lambda: (tmp_path / "checkpoints/step_00000004.tmp/common.pt").exists())
     assert not (tmp_path / "checkpoints/step_00000004").exists()
     assert "step_00000002" in resume_equals(recipe, tmp_path, whole)
@@ -51,13 +53,13 @@ def test_kill_in_a_save(recipe, whole, tmp_path):
 
 
 def test_signal_saves_and_ends_cleanly(recipe, whole, tmp_path):
-    process = runs.start(recipe, tmp_path, "batch.rows=2", "checkpoint.every=0")  # alone: torchrun itself dies of SIGUSR1
+    process = runs.start(recipe, tmp_path, *SETTINGS, "checkpoint.every=0")  # alone: torchrun itself dies of SIGUSR1
     text = runs.kill_when(process, lambda: lines(tmp_path) >= 2, signal.SIGUSR1)
     assert process.returncode == 0, text
     assert "stopped by a signal" in text and not (tmp_path / "DONE").exists()
     done = json.loads(next(tmp_path.glob("checkpoints/step_*/state.json")).read_text())["step"]
     assert done == lines(tmp_path)
-    runs.train(recipe, tmp_path, "batch.rows=2", "checkpoint.every=0")
+    runs.train(recipe, tmp_path, *SETTINGS, "checkpoint.every=0")
     assert runs.worst(runs.figures(tmp_path), runs.figures(whole)) < 2e-6  # whole ran on two processes
 
 
@@ -76,8 +78,8 @@ def test_damaged_checkpoint_falls_back(recipe, whole, tmp_path):
 
 def test_done_is_skipped_and_another_recipe_is_refused(recipe, whole):
     before = (whole / "metrics.jsonl").read_bytes()
-    assert "nothing to do" in runs.train(recipe, whole, "batch.rows=2", "checkpoint.every=2")
-    text = runs.train(recipe, whole, "batch.rows=2", "optimizer.lr=1e-5", code=2)
+    assert "nothing to do" in runs.train(recipe, whole, *SETTINGS)
+    text = runs.train(recipe, whole, *SETTINGS, "optimizer.lr=1e-5", code=2)
     assert "differs in recipe.optimizer" in text and "Traceback" not in text
     assert (whole / "metrics.jsonl").read_bytes() == before
 
