@@ -80,6 +80,7 @@ def fit(recipe: Recipe) -> bool:
         dp_rank=ranks.data,
         dp_size=ranks.data_size,
         with_images=ranks.first_stage,
+        pin_memory=ranks.device.type == "cuda",
     )
     metrics = Metrics(recipe, run_dir, first_step, schedule.total_steps, ranks.world) if ranks.main else None
 
