@@ -29,7 +29,8 @@ class Parameters:
 
 def count_parameters(recipe: Recipe) -> Parameters:
     """Builds the whole model (one process, meta device) and counts."""
-    alone = recipe.model_copy(update={"parallel": ParallelConfig()})
+    plain = recipe.precision.model_copy(update={"layers": "local", "fp8": "off"})
+    alone = recipe.model_copy(update={"parallel": ParallelConfig(), "precision": plain})
     ranks = groups.initialize(alone.parallel)
     try:
         with torch.device("meta"):
@@ -52,6 +53,7 @@ def report(recipe: Recipe, processes: int | None = None) -> str:
     learns = recipe.trainable
     tokens = recipe.batch.rows * recipe.data.capacity
     layers = recipe.precision.layers
+    unavailable = " (not here)" if recipe.precision.fp8 != "off" and not use_transformer_engine(layers) else ""
     lines = [
         f"stage            {recipe.stage}",
         f"language model   {counts.language / 1e9:.3f} B parameters{_state(learns.language)}",
@@ -66,7 +68,7 @@ def report(recipe: Recipe, processes: int | None = None) -> str:
         f"layout           tensor {parallel.tensor}, pipeline {parallel.pipeline}"
         f"{', sequence parallel' if parallel.sequence else ''}"
         + (f", data {processes // parallel.model_parallel} on {processes} processes" if processes else ""),
-        f"precision        {recipe.precision.params}, FP8 {recipe.precision.fp8}, recompute {recipe.precision.recompute}",
+        f"precision        {recipe.precision.params}, FP8 {recipe.precision.fp8}{unavailable}, recompute {recipe.precision.recompute}",
         f"layers here      {'Transformer Engine' if use_transformer_engine(layers) else 'Megatron-Core local'}",
         f"attention here   {specs.attention_kernel(layers)}",
         f"decoder here     {decoder_name(recipe.data.decoder)}",

@@ -86,7 +86,7 @@ class ParallelConfig(_Section):
     pipeline: int = Field(default=1, gt=0)
     sequence: bool = False
     """Megatron's sequence parallelism inside the tensor parallel group."""
-    first_stage_layers: int | None = Field(default=None, ge=0)
+    first_stage_layers: int | None = Field(default=None, gt=0)
     """Language layers on the first pipeline stage, which also holds the tower; null divides evenly."""
 
     @property

@@ -8,6 +8,7 @@ here=examples/quickstart run=runs/quickstart split=test
 [ "${1:-}" = --dev ] && split=dev
 
 venv=$(tools/bootstrap.sh quickstart)
+export CUDA_VISIBLE_DEVICES= # on a machine with GPUs too: this is the CPU path
 export PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 started=$SECONDS
 
@@ -41,8 +42,9 @@ step "export: a stock Hugging Face checkpoint"
   python tools/convert_checkpoint.py export --checkpoint $run/sft_cross --output $run/hf --tokenizer $run/tokenizer
 
 step "ask the export through Hugging Face"
-[ -e $run/hf_answers.json ] && [ $run/hf_answers.json -nt $run/hf/conversion.json ] ||
-  OMP_NUM_THREADS=2 python $here/ask.py --model $run/hf --answers $run/sft_cross/eval_$split/answers.jsonl --images $run/corpus --output $run/hf_answers.json
+asked=$run/sft_cross/eval_$split
+[ -e $asked/hugging_face.json ] && [ $asked/hugging_face.json -nt $run/hf/conversion.json ] ||
+  OMP_NUM_THREADS=2 python $here/ask.py --model $run/hf --answers $asked/answers.jsonl --images $run/corpus --output $asked/hugging_face.json
 
 step "report"
 python $here/report.py --run $run --corpus $run/corpus --split $split

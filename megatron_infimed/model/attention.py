@@ -40,7 +40,7 @@ class PackedAttention(MegatronModule):
             q_BASD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out_BASD = F.scaled_dot_product_attention(q_BASD, k_BGSD, v_BGSD, is_causal=self.causal, enable_gqa=True)
             return out_BASD.permute(2, 0, 1, 3).flatten(2)
-        if query.is_cuda:
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):  # what the kernel takes
             return _varlen(query, key, value, packed_seq_params)
         return _segments(query, key, value, packed_seq_params.cu_seqlens_q)
 

@@ -24,6 +24,7 @@ def language_config(recipe: Recipe) -> TransformerConfig:
     lm, parallel, te = recipe.model.language, recipe.parallel, use_transformer_engine(recipe.precision.layers)
     return TransformerConfig(
         **_common(recipe),
+        **_fp8(recipe),
         num_layers=lm.num_layers,
         hidden_size=lm.hidden_size,
         num_attention_heads=lm.num_heads,
@@ -83,7 +84,6 @@ def params_dtype(recipe: Recipe) -> torch.dtype:
 
 def _common(recipe: Recipe) -> dict:
     precision = recipe.precision
-    fp8 = {} if precision.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {
         "tensor_model_parallel_size": recipe.parallel.tensor,
@@ -96,7 +96,8 @@ def _common(recipe: Recipe) -> dict:
         "init_method": _leave_as_is,
         "output_layer_init_method": _leave_as_is,
         "embedding_init_method": _leave_as_is,
-        "use_cpu_initialization": not torch.cuda.is_available(),
+        # On the meta device too: with CUDA the layers would else name the GPU themselves, and take its memory.
+        "use_cpu_initialization": not torch.cuda.is_available() or torch.get_default_device().type == "meta",
         # The fusions are CUDA kernels of apex or Transformer Engine; without them these must be off.
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
@@ -104,5 +105,9 @@ def _common(recipe: Recipe) -> dict:
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         **(recompute if precision.recompute == "full" else {}),
-        **fp8,
     }
+
+
+def _fp8(recipe: Recipe) -> dict:
+    # The language model alone: its rows are aligned, while the tower's 729 patches are no multiple of what FP8 kernels take.
+    return {} if recipe.precision.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": recipe.precision.fp8}

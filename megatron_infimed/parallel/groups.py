@@ -57,8 +57,10 @@ def world_from_environment() -> tuple[int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["WORLD_SIZE"]), int(env["RANK"]), int(env.get("LOCAL_RANK", "0"))
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        return int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", "0"))
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:  # of srun's step: the batch script itself is alone
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]:
+            raise UserError(f"{' and '.join(missing)} not set: export the first node's address and a free port before srun")
+        return int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", "0"))
     return 1, 0, 0
 
 
@@ -75,6 +77,11 @@ def initialize(parallel: ParallelConfig, seed: int = 0, timeout_minutes: int = 3
             f"start it with torchrun --nproc-per-node {parallel.model_parallel}, or set parallel.tensor and parallel.pipeline"
         )
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local process {local_rank} has no GPU, there are {torch.cuda.device_count()}: start fewer processes on this machine, "
+            "or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

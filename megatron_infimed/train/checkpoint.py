@@ -129,8 +129,11 @@ def save(
         aside.rename(path)
         _fsync(path.parent)
         if keep is not None:
-            for old in in_run(run)[:-keep]:
-                shutil.rmtree(old.path)
+            others = [c.path for c in in_run(run) if c.path != path]
+            later = [p for p in others if p.name > path.name]  # damaged, passed over on resumption: they must not push good ones out
+            before = [p for p in others if p.name < path.name]
+            for old in (*later, *before[: max(0, len(before) - (keep - 1))]):
+                shutil.rmtree(old)
     dist.barrier()
     return Checkpoint(path)
 

@@ -30,6 +30,7 @@ from megatron_infimed.data.shards import Shard
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.model.initialize import initialize_weights
+from megatron_infimed.optional import REMEDY, use_transformer_engine
 from megatron_infimed.parallel import cpu, groups
 from megatron_infimed.parallel.groups import Ranks
 from megatron_infimed.train import checkpoint
@@ -52,12 +53,16 @@ def fit(recipe: Recipe) -> bool:
     logs.set_up(ranks.main, run_dir / "log", ranks.rank)
     if problems := recipe.problems(ranks.world):
         raise UserError("; ".join(problems))
+    if recipe.precision.fp8 != "off" and not use_transformer_engine(recipe.precision.layers):
+        raise UserError(
+            f"precision.fp8={recipe.precision.fp8} needs a GPU and Transformer Engine ({REMEDY['transformer_engine']}), or set it off"
+        )
     tokenizer, shards = open_data(recipe)
     schedule = build_schedule(recipe, shards)
     start_from = checkpoint.find_sound(recipe.init_from, recipe.model, ranks) if recipe.init_from else None
     identity = _identity(recipe, schedule, shards, start_from)
     last_step = min(schedule.total_steps, recipe.max_steps or schedule.total_steps)
-    if _is_done(run_dir, identity, last_step):
+    if _is_done(run_dir, identity, last_step, ranks):
         log.info("%s: done before, nothing to do", run_dir)
         return True
 
@@ -192,12 +197,13 @@ def _refuse_other(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) ->
         )
 
 
-def _is_done(run_dir: Path, identity: dict[str, Any], last_step: int) -> bool:
+def _is_done(run_dir: Path, identity: dict[str, Any], last_step: int, ranks: Ranks) -> bool:
     if not (run_dir / "DONE").exists():
         return False
     done = json.loads((run_dir / "DONE").read_text())
     _refuse_other(run_dir, done["identity"], identity)
-    return done["step"] >= last_step and (run_dir / "checkpoints" / done["checkpoint"] / "sha256.json").exists()
+    final = Checkpoint(run_dir / "checkpoints" / done["checkpoint"])
+    return done["step"] >= last_step and (final.path / "sha256.json").exists() and not final.damaged(ranks)
 
 
 def _announce(

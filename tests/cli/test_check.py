@@ -27,5 +27,7 @@ def test_check_refuses_in_plain_words():
     assert "optimizer.rate" in done.stderr
     done = call("check", "launch/recipes/pretrain_4b.yaml", "--processes", "24")
     assert done.returncode == 2 and "batch.rows: 256 is not a multiple of micro_rows 1 x 24" in done.stderr
+    done = call("train", "launch/recipes/pretrain_4b.yaml", "precision.fp8=delayed")
+    assert done.returncode == 2 and "needs a GPU and Transformer Engine" in done.stderr
     done = call("check", "nowhere.yaml")
     assert done.returncode == 2 and "cannot read the recipe" in done.stderr and done.stderr.count("\n") == 1

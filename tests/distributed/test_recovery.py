@@ -30,8 +30,8 @@ def lines(output):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def resume_equals(recipe, output, whole):
-    text = runs.train(recipe, output, *SETTINGS, processes=2)
+def resume_equals(recipe, output, whole, *more):
+    text = runs.train(recipe, output, *SETTINGS, *more, processes=2)
     assert runs.figures(output) == runs.figures(whole), "losses must be the same to the last bit"
     assert (output / "DONE").exists()
     return text
@@ -65,14 +65,14 @@ def test_signal_saves_and_ends_cleanly(recipe, whole, tmp_path):
 
 def test_damaged_checkpoint_falls_back(recipe, whole, tmp_path):
     output = tmp_path / "run"
-    shutil.copytree(whole, output)
-    (output / "DONE").unlink()
+    shutil.copytree(whole, output)  # DONE and all: a finished run whose last checkpoint went bad is finished again
     newest = sorted(output.glob("checkpoints/step_*"))[-1]
     victim = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 0xFF
     victim.write_bytes(data)
-    text = resume_equals(recipe, output, whole)
+    text = resume_equals(recipe, output, whole, "checkpoint.keep=1")
+    assert len(list(output.glob("checkpoints/step_*"))) == 1, "the damaged one must not push out what is written now"
     assert f"{newest.name} is damaged ({victim.name})" in text
 
 
