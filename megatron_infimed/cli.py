@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_infimed.config import Recipe, load_recipe
+from megatron_infimed.config import load_recipe
 from megatron_infimed.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
@@ -105,6 +105,3 @@ def run(command: typer.Typer) -> None:
 
 def main() -> None:
     run(app)
-
-
-__all__ = ["Recipe", "app", "main", "run"]

@@ -1,4 +1,4 @@
-"""The small files of an exported folder: what transformers 4.52 and 5, vLLM and MedEvalKit all read the same way.
+"""The small files of an exported folder: what transformers 4.52 and 5 read the same way.
 
 transformers 5 would write another layout by itself, from which 4.52 loads a random tower and a wrong rope_theta with only a warning.
 So the files are written here, in the older of the two ways wherever they differ: rope_theta at the top of text_config, torch_dtype, both
@@ -189,7 +189,7 @@ tags: [llava, medical]
 # {recipe.stage}, step {state["step"]}
 SigLIP tower ({v.built_layers} of {v.num_layers} blocks, patch {v.patch_size}, width {v.hidden_size}), two-layer projector, Qwen3
 ({lm.num_layers} layers, width {lm.hidden_size}). Made with megatron-infimed {state.get("version", "?")}, exported by {__version__} as a
-stock `LlavaForConditionalGeneration`. Loads in transformers 4.52 and 5, and in vLLM.
+stock `LlavaForConditionalGeneration`. Loads in transformers 4.52 and 5.
 
 The tower ends at the feature layer ({v.feature_layer} of the original), so `vision_feature_layer` is -1 here; its final norm is an
 identity and unused. `conversion.json` lists every tensor with its hash and the weight it came from.

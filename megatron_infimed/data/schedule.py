@@ -241,18 +241,6 @@ class _Misfits:
     rejected: list[Rejected] = field(default_factory=list)
 
 
-def _refusal(
-    part: Stream, lengths: NDArray, images: NDArray, once: NDArray, phase: PhaseConfig, cat: _Catalogue, data: DataConfig
-) -> UserError:
-    i = int(once[0])
-    source, document = int(part.source[i]), int(part.document[i])
-    more = f" (and {len(once) - 1} more documents)" if len(once) > 1 else ""
-    return UserError(
-        f"{data.sources[source].prefix} {cat.shards[source].record_id(document)}: {_too_big(int(lengths[i]), int(images[i]), phase, data)}"
-        f"{more}: raise the limit, or set data.overlong to cut or reject"
-    )
-
-
 def _too_big(length: int, images: int, phase: PhaseConfig, data: DataConfig) -> str:
     parts = []
     if length > data.capacity:
