@@ -36,22 +36,20 @@ def check(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Packs the recipe's data and prints, for each phase, rows, steps, fill and how far from the lower bound."""
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    prove_seconds: Annotated[float, typer.Option(min=0, help="for each phase, on proving how near the best possible plan it is")] = 10.0,
+) -> None:
+    """Packs the recipe's data ahead of training, saves the plan in OUTPUT/plan and prints each phase's rows, fill and bound."""
     from megatron_infimed import log
-    from megatron_infimed.data.schedule import build_schedule
+    from megatron_infimed.data.saved_plan import lines, plan_of
     from megatron_infimed.train.trainer import open_data
 
     log.set_up()
     settings = load_recipe(recipe, overrides or [])
-    schedule = build_schedule(settings, open_data(settings)[1])
-    for p in schedule.phases:
-        print(
-            f"phase {p.number}: {p.image_size} px, {p.tokens_per_image} tokens an image: {len(p.document)} documents in {p.rows} rows "
-            f"(at least {p.lower_bound}), {p.steps} steps, fill {100 * p.fill:.2f} %, lost {p.lost}, cut {len(p.cut)}, "
-            f"left out {len(p.rejected)}"
-        )
-    print(f"{schedule.total_steps} steps in all")
+    schedule = plan_of(settings, open_data(settings)[1], prove_seconds=prove_seconds)
+    print("\n".join(lines(schedule, settings.data.capacity, settings.data.max_images)))
 
 
 @app.command()
@@ -87,6 +85,19 @@ def evaluate(
         evaluate(settings, questions, images, output, gray=gray, checkpoint=checkpoint, max_new_tokens=max_new_tokens)
     finally:
         groups.shut_down()
+
+
+@app.command()
+def verify(
+    prefix: Annotated[Path, typer.Argument(help="PREFIX of the shard's files")],
+    threads: Annotated[int | None, typer.Option(min=1, help="that read and decode images (default: up to 8)")] = None,
+) -> None:
+    """Reads every byte of a shard again: sizes, checksums, counts, every image decoded. All damage is named with its document; exit code 2."""
+    from megatron_infimed.preprocess.verify import verify, watched
+
+    with watched() as told:
+        manifest = verify(prefix, threads, told)
+    print(f"{prefix}: sound: {manifest['documents']:,} documents, {manifest['distinct_images']:,} images, {len(manifest['files'])} files")
 
 
 def run(command: typer.Typer) -> None:

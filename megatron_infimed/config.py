@@ -138,6 +138,8 @@ class DataConfig(_Section):
     """Images in a row at most: bounds the tower's memory."""
     alignment: int = Field(default=16, gt=0)
     """capacity must be a multiple; 16 suits FP8 (delayed, tensorwise), 128 its blockwise recipe."""
+    document_alignment: int = Field(default=1, gt=0)
+    """Documents begin at multiples of this in a row and are padded up to it; context parallelism needs 2 x its size."""
     overlong: Literal["cut", "reject", "error"] = "cut"
     """A document longer than a row: cut at a turn boundary, left out with a reason, or refused before training."""
     decoder: Literal["auto", "torch", "dali"] = "auto"
@@ -156,6 +158,8 @@ class DataConfig(_Section):
                 f"capacity {self.capacity} is not a multiple of alignment {self.alignment}: "
                 f"take {self.capacity // self.alignment * self.alignment or self.alignment}"
             )
+        if self.capacity % self.document_alignment:
+            raise ValueError(f"capacity {self.capacity} is not a multiple of document_alignment {self.document_alignment}")
         if any(s.weight is not None for s in self.sources) and self.documents is None:
             raise ValueError("a source has a weight, so data.documents must say how many documents the weights share out")
         names = [s.prefix for s in self.sources]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-import torch
-
 from megatron_infimed.errors import UserError
 
 REMEDY = {
@@ -14,6 +12,10 @@ REMEDY = {
     "flash_attn": "pip install megatron-infimed[h100] on a machine with CUDA",
     "apex": "take the NGC PyTorch container, or build NVIDIA's apex from source (PyPI's package of that name is another one)",
     "nvidia.dali": "pip install megatron-infimed[dali]",
+    "pydicom": "pip install megatron-infimed[formats]",
+    "nibabel": "pip install megatron-infimed[formats]",
+    "datatrove": "pip install megatron-infimed[scale]",
+    "ray": "pip install megatron-infimed[ray]",
 }
 
 
@@ -39,4 +41,6 @@ def use_transformer_engine(layers: str) -> bool:
     if layers == "transformer_engine":
         require("transformer_engine", "precision.layers=transformer_engine")
         return True
+    import torch  # the data tools ask for packages too, and have no use for it
+
     return torch.cuda.is_available() and available("transformer_engine")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Image-text data -> shard. See megatron_infimed/data/preprocess.py."""
+"""Image-text data -> shard. See megatron_infimed/preprocess/preprocess.py."""
 
 from megatron_infimed.cli import run
-from megatron_infimed.data.preprocess import app
+from megatron_infimed.preprocess.preprocess import app
 
 if __name__ == "__main__":
     run(app)

@@ -1,10 +1,10 @@
 """A micro-batch: packed rows laid end to end, ready for the model.
 
 Rows follow one another in one token axis of length T = rows x capacity, and cu_seqlens marks where documents begin, so attention, RoPE
-and loss see documents and never rows. What is left at a row's end is a segment of padding of its own. A document comes from the shard as
-values and modes, one a text token and one an image; an image becomes tokens_per_image slots holding the image id, whose positions are in
-`slots` in the order of `pixels`. Labels are already shifted: position i is trained to say token i + 1, where that is a target token of
-the same document.
+and loss see documents and never rows. What is left at a row's end is a segment of padding of its own; padding that aligns a document
+belongs to its segment, where causality hides it. A document comes from the shard as values and modes, one a text token and one an image;
+an image becomes tokens_per_image slots holding the image id, whose positions are in `slots` in the order of `pixels`. Labels are already
+shifted: position i is trained to say token i + 1, where that is a target token of the same document.
 
 Suffixes: T tokens of all rows, D segments, N images, C = 3 colours, S pixels along a side, t tokens an image.
 """
@@ -106,6 +106,7 @@ def pack_rows(
     image_size: int,
     pad_id: int,
     image_id: int,
+    document_alignment: int = 1,
     phase: int = 0,
     documents: list[list[tuple[int, int]]] | None = None,
 ) -> PackedBatch:
@@ -115,6 +116,7 @@ def pack_rows(
         rows: the documents of each row; an empty row is all padding.
         capacity: tokens in a row.
         pad_id, image_id: what stands in padding and in image slots.
+        document_alignment: a document's segment ends, with padding, at a multiple of this.
         documents: what the rows hold, for messages.
 
     Raises:
@@ -125,13 +127,16 @@ def pack_rows(
     cuts = [0]
     for number, row in enumerate(rows):
         start, end = number * capacity, (number + 1) * capacity
-        ends = start + np.cumsum([length(d.modes, tokens_per_image) for d in row], dtype=np.int64)
-        used = int(ends[-1]) - start if len(row) else 0
+        lengths = np.array([length(d.modes, tokens_per_image) for d in row], np.int64)
+        padded = -(-lengths // document_alignment) * document_alignment
+        ends = start + np.cumsum(padded)
+        used = int(padded.sum())
         if used > capacity:
             raise ValueError(
                 f"row {names[number]} has {used} tokens but {capacity} fit: it was planned for another phase or other data; plan again"
             )
-        is_used_T[start : start + used] = True
+        for end_of_document, size, tokens in zip(ends.tolist(), padded.tolist(), lengths.tolist(), strict=True):
+            is_used_T[end_of_document - size : end_of_document - size + tokens] = True
         cuts += ends.tolist()
         if used < capacity:
             cuts.append(end)

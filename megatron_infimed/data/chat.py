@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from megatron_infimed.data.records import IMAGE_MARK, Record, Turn
 from megatron_infimed.errors import UserError
+from megatron_infimed.intake.records import IMAGE_MARK, Record, Turn
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"

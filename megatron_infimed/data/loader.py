@@ -145,6 +145,7 @@ class Loader:
             image_size=phase.image_size,
             pad_id=self._ids[0],
             image_id=self._ids[1],
+            document_alignment=self._data.document_alignment,
             phase=phase.number,
             documents=documents,
         )

@@ -31,11 +31,11 @@ class Stream:
 
     Attributes:
         source: int32 [n], place of the document's source in `data.sources`.
-        document: int64 [n], its number within the source.
+        document: int32 [n], its number within the source.
     """
 
     source: NDArray[np.int32]
-    document: NDArray[np.int64]
+    document: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.document)
@@ -62,15 +62,19 @@ def mix(data: DataConfig, sizes: Sequence[int]) -> Stream:
     if not sum(counts):
         raise UserError(f"the mixture comes to 0 documents: epochs {[s.epochs for s in data.sources]} of {list(sizes)} round down to none")
 
-    inner, keys = [], []
+    keys, inner = np.empty(sum(counts)), np.empty(sum(counts), np.int32)
+    at = 0
     for name, size, count in zip(identities(data.sources), sizes, counts, strict=True):
-        passes = [_rng(data.seed, name, number).permutation(size) for number in range(math.ceil(count / size))]
-        inner.append(np.concatenate(passes)[:count] if passes else np.empty(0, np.int64))
-        keys.append((np.arange(count) + _rng(data.seed, name, _JITTER).random(count)) / max(count, 1))
+        for number, begin in enumerate(range(0, count, size)):
+            end = min(begin + size, count)
+            inner[at + begin : at + end] = _rng(data.seed, name, number).permuted(np.arange(size, dtype=np.int32))[: end - begin]
+        keys[at : at + count] = (np.arange(count) + _rng(data.seed, name, _JITTER).random(count)) / max(count, 1)
+        at += count
     # The keys of one source rise, so a stable sort merges a few sorted runs and keeps the inner order even where keys collide.
-    order = np.argsort(np.concatenate(keys), kind="stable")
+    order = np.argsort(keys, kind="stable")
+    del keys
     source = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return Stream(source[order], np.concatenate(inner).astype(np.int64, copy=False)[order])
+    return Stream(source[order], inner[order])
 
 
 def shares(sources: Sequence[SourceConfig], sizes: Sequence[int], documents: int) -> list[int]:

@@ -1,16 +1,18 @@
 """Which documents share a row: a pure function of lengths, image counts and budgets.
 
 Lengths are integers no greater than the capacity, so documents of one (length, images) are interchangeable: the search runs over the
-histogram of these types, not over documents. It builds one row at a time, starting from the largest type left; as soon as x more of that
-type and y of a smaller one fill the row EXACTLY it is closed, else the largest that fits is added and the question asked again. The
-finished pattern is laid as often as the histogram allows, so the work depends on the number of types. With an image limit, and as soon as
-the documents left have nearly as many images for a row as it may hold, a row first takes its share of the images, spread over its tokens.
-One sort and one scatter then deal out the documents; the seed shuffles documents within a type, and the rows.
+histogram of these types, not over documents. A row begins with the largest type left, and is closed EXACTLY as soon as one type, or a pair,
+fills what is left of it; of all pairs the one of which most is in stock, so that rare lengths are kept for the rows that need them. Until
+then the most abundant type that fits is added. The finished pattern is laid as often as the stock allows, so the work depends on the number
+of types. Where images are scarce too, a row also takes its share of them: a document is then chosen for the tokens an image that the row
+still lacks. Taking only a part of the stock at a time (`share`) keeps the mixture alike to the end, and is tried where the first attempt
+is not already near `lower_bound`; bound.py proves how near any plan is to the best possible one.
+One sort and one scatter then deal out the documents: those of a type in the order given (the mixture's is random), from a place that the
+seed chooses; the rows are shuffled.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -18,7 +20,13 @@ from math import ceil
 import numpy as np
 
 _SCARCE = 0.8
-"""From this share of the image budget on (were every row full of tokens) a row also gets its share of the images."""
+"""From this share of the image budget on (were every row full of tokens) a row is also made to take its share of the images."""
+_GOOD = 1.0005
+"""Rows over lower_bound at which no other attempt is made."""
+_FEW = 5_000
+"""Up to so many documents the longest that fits is tried too: with one document of most types, abundance says little."""
+Pattern = tuple[dict[tuple[int, int], int], int]
+"""({(length, images): times in the row}, rows laid like this)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def plan(lengths: np.ndarray, images: np.ndarray, *, capacity: int, max_images: 
     Args:
         lengths: int [n], tokens of each document, image tokens included; at least 1.
         images: int [n], images of each document.
-        seed: shuffles documents of one type, and rows; the number of rows does not depend on it.
+        seed: decides which documents of a type meet which others, and the order of rows; the number of rows does not depend on it.
 
     Raises:
         ValueError: arrays of different sizes, a document that cannot fit a row (how many, the first few indices), budgets below 1.
@@ -53,35 +61,41 @@ def plan(lengths: np.ndarray, images: np.ndarray, *, capacity: int, max_images: 
     if not n:
         return Plan(np.zeros(0, np.int64), np.zeros(1, np.int64))
     types, kind, counts = _histogram(lengths, images if max_images is not None else np.zeros_like(images))
-    patterns = _patterns(types, counts.tolist(), capacity, max_images)
+    patterns = _search(types, counts.tolist(), capacity, max_images)
 
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(n)
-    by_type = shuffled[np.argsort(kind[shuffled], kind="stable")]  # radix sort: kind is uint16 unless there are very many types
-    start = (np.cumsum(counts) - counts).tolist()
-    order, widths, at = np.empty(n, np.int64), [], 0
-    for items, repeat in patterns:
-        width = sum(m for _, m in items)
-        block = order[at : at + repeat * width].reshape(repeat, width)
-        column = 0
-        for t, m in items:
-            block[:, column : column + m] = by_type[start[t] : start[t] + repeat * m].reshape(repeat, m)
-            start[t] += repeat * m
-            column += m
-        widths.append((width, repeat))
-        at += repeat * width
-    sizes = np.repeat(np.array([w for w, _ in widths]), np.array([r for _, r in widths]))
-    begins = np.cumsum(sizes) - sizes
-    rows = rng.permutation(len(sizes))
-    offsets = np.concatenate([[0], np.cumsum(sizes[rows])])
-    within = np.arange(n) - np.repeat(offsets[:-1], sizes[rows])
-    return Plan(order[np.repeat(begins[rows], sizes[rows]) + within], offsets)
+    by_type = np.argsort(kind, kind="stable")  # radix sort: kind is uint16 unless there are very many types
+    ends = np.cumsum(counts)
+    for end, count, turn in zip(ends.tolist(), counts.tolist(), rng.integers(counts).tolist(), strict=True):
+        if turn:
+            by_type[end - count : end] = np.roll(by_type[end - count : end], turn)
+    repeats = np.array([r for _, r in patterns])
+    sizes = np.repeat(np.array([sum(row.values()) for row, _ in patterns]), repeats)
+    place = rng.permutation(len(sizes))  # of each row laid, among all
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    offsets[place + 1] = sizes
+    np.cumsum(offsets, out=offsets)
+
+    start = dict(zip(types, (ends - counts).tolist(), strict=True))
+    order, laid = np.empty(n, np.int64), 0
+    for row, repeat in patterns:
+        begins, column = offsets[place[laid : laid + repeat], None], 0
+        for t, times in row.items():
+            documents = by_type[start[t] : start[t] + repeat * times].reshape(repeat, times)
+            order[begins + np.arange(column, column + times)] = documents
+            start[t] += repeat * times
+            column += times
+        laid += repeat
+    return Plan(order, offsets)
 
 
 def lower_bound(lengths: np.ndarray, images: np.ndarray, capacity: int, max_images: int | None = None) -> int:
-    """No packing needs fewer rows than this."""
-    rows = -(-int(np.sum(lengths, dtype=np.int64)) // capacity)
-    return rows if max_images is None else max(rows, -(-int(np.sum(images, dtype=np.int64)) // max_images))
+    """No packing needs fewer rows than this: the sums over the budgets. bound.py proves more."""
+    return _rows_for_sums(int(np.sum(lengths, dtype=np.int64)), int(np.sum(images, dtype=np.int64)), capacity, max_images)
+
+
+def _rows_for_sums(tokens: int, images: int, capacity: int, max_images: int | None) -> int:
+    return max(-(-tokens // capacity), 0 if max_images is None else -(-images // max_images))
 
 
 def fill(lengths: np.ndarray, plan: Plan, capacity: int) -> float:
@@ -94,12 +108,11 @@ def _checked(lengths: np.ndarray, images: np.ndarray, capacity: int, max_images:
     if lengths.ndim != 1 or lengths.shape != images.shape:
         raise ValueError(f"lengths {list(lengths.shape)} and images {list(images.shape)} must be one-dimensional and equally long")
     if not len(lengths):
-        lengths, images = lengths.astype(np.int64), images.astype(np.int64)
+        return lengths.astype(np.int64), images.astype(np.int64)
     if lengths.dtype.kind not in "iu" or images.dtype.kind not in "iu":
         raise ValueError(f"lengths ({lengths.dtype}) and images ({images.dtype}) must be integers")
     if capacity < 1 or (max_images is not None and max_images < 1):
         raise ValueError(f"capacity {capacity} and max_images {max_images} must be at least 1")
-    lengths, images = lengths.astype(np.int64), images.astype(np.int64)
 
     def refuse(bad: np.ndarray, what: str) -> None:
         if bad.any():
@@ -119,7 +132,8 @@ def _checked(lengths: np.ndarray, images: np.ndarray, capacity: int, max_images:
 def _histogram(lengths: np.ndarray, images: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
     """(length, images) of each type; the type of each document [n]; documents of each type."""
     base = int(lengths.max()) + 1
-    key = images * base + lengths
+    key = images.astype(np.int64) * base
+    key += lengths
     if (size := int(key.max()) + 1) <= max(1 << 22, 4 * len(key)):
         counts = np.bincount(key, minlength=size)
         present = np.flatnonzero(counts)
@@ -133,118 +147,160 @@ def _histogram(lengths: np.ndarray, images: np.ndarray) -> tuple[list[tuple[int,
 
 
 class _Stock:
-    """The types still to be packed. `used` is what the row in hand takes away before it is laid."""
+    """The types still to be packed, by length."""
 
-    def __init__(self, types: list[tuple[int, int]], counts: list[int]) -> None:
-        self.types, self.counts = types, counts
-        self.tokens = sum(length * n for (length, _), n in zip(types, counts, strict=True))
-        self.images = sum(k * n for (_, k), n in zip(types, counts, strict=True))
-        self.of_length: dict[int, list[int]] = {}
-        self.columns: dict[int, list[tuple[int, int]]] = {}  # images -> ascending (length, type)
-        for t, (length, k) in enumerate(types):
-            self.of_length.setdefault(length, []).append(t)
-            self.columns.setdefault(k, []).append((length, t))
-        self.used: dict[int, int] = {}
-        self._divisors: dict[int, list[int]] = {}
+    def __init__(self, types: list[tuple[int, int]], counts: list[int], capacity: int) -> None:
+        self.count = np.zeros(capacity + 1, np.int64)
+        self.fewest, self.most = np.zeros(capacity + 1, np.int32), np.zeros(capacity + 1, np.int32)  # images, of the types of a length
+        self.of_length: list[dict[int, int]] = [{} for _ in range(capacity + 1)]
+        self.tokens = self.images = 0
+        for (length, k), n in zip(types, counts, strict=True):
+            self.of_length[length][k] = n
+            self.count[length] += n
+            self.tokens += length * n
+            self.images += k * n
+        for length, kinds in enumerate(self.of_length):
+            if kinds:
+                self.fewest[length], self.most[length] = min(kinds), max(kinds)
 
-    def left(self, t: int) -> int:
-        return self.counts[t] - self.used.get(t, 0)
+    def left(self, length: int, k: int) -> int:
+        return self.of_length[length].get(k, 0)
 
-    def use(self, t: int, n: int) -> None:
-        if n:
-            self.used[t] = self.used.get(t, 0) + n
+    def take(self, length: int, k: int, n: int) -> None:
+        kinds = self.of_length[length]
+        kinds[k] -= n
+        self.count[length] -= n
+        self.tokens -= length * n
+        self.images -= k * n
+        if not kinds[k]:
+            del kinds[k]
+            if kinds:
+                self.fewest[length], self.most[length] = min(kinds), max(kinds)
 
-    def longest(self, tokens: int, images: int, per_image: float | None = None) -> int:
-        """The longest type that fits, -1 if none; with per_image, of those that have images and at most so many tokens an image."""
-        best, most = -1, 0
-        for k, column in self.columns.items():
-            if k > images or (per_image is not None and not k):
-                continue
-            at = bisect_right(column, (tokens if per_image is None else min(tokens, int(per_image * k)), len(self.types))) - 1
-            while at >= 0 and column[at][0] > most and not self.left(column[at][1]):
-                at -= 1
-            if at >= 0 and column[at][0] > most:
-                most, best = column[at]
-        return best
+    def closing(self, tokens: int, least: int, images: int) -> list[tuple[int, int]]:
+        """The most abundant type, or pair of types, of exactly `tokens` with `least` to `images` images; [] if there is none."""
+        best, found = 0, []
+        for k, n in self.of_length[tokens].items():
+            if least <= k <= images and n > best:
+                best, found = n, [(tokens, k)]
+        half = tokens // 2
+        if not half:
+            return found
+        short, long = slice(1, half + 1), slice(tokens - 1, tokens - half - 1, -1)
+        count = np.minimum(self.count[short], self.count[long])
+        if 2 * half == tokens:
+            count[-1] = self.count[half] // 2
+        if self.images:
+            count[self.fewest[short] + self.fewest[long] > images] = 0
+            if least > 0:
+                count[self.most[short] + self.most[long] < least] = 0
+        a = int(count.argmax()) + 1
+        if count[a - 1] > best:
+            for k, n in self.of_length[a].items():
+                for k2, n2 in self.of_length[tokens - a].items():
+                    both = n // 2 if (a, k) == (tokens - a, k2) else min(n, n2)
+                    if both > best and least <= k + k2 <= images:
+                        best, found = both, [(a, k), (tokens - a, k2)]
+        return found
 
-    def exactly(self, tokens: int, images: int, below: int) -> tuple[int, int] | None:
-        """(type, y): y of one type shorter than `below` fill `tokens`. The longest such type: small ones are kept to fill later rows."""
-        if tokens not in self._divisors:
-            small = np.arange(1, int(tokens**0.5) + 1)
-            small = small[tokens % small == 0]
-            self._divisors[tokens] = sorted({*small.tolist(), *(tokens // small).tolist()}, reverse=True)
-        for length in self._divisors[tokens]:
-            if length < below:
-                for t in self.of_length.get(length, ()):
-                    y = tokens // length
-                    if self.types[t][1] * y <= images and self.left(t) >= y:
-                        return t, y
-        return None
-
-    def lay(self) -> tuple[list[tuple[int, int]], int]:
-        """Lays the row in hand as often as the stock allows."""
-        items = list(self.used.items())
-        repeat = min(self.counts[t] // m for t, m in items)
-        for t, m in items:
-            length, k = self.types[t]
-            self.tokens -= length * m * repeat
-            self.images -= k * m * repeat
-            self.counts[t] -= m * repeat
-            if not self.counts[t]:
-                column = self.columns[k]
-                column.pop(bisect_right(column, (length, t)) - 1)
-                self.of_length[length].remove(t)
-                if not column:
-                    del self.columns[k]
-        self.used = {}
-        return items, repeat
-
-
-def _patterns(
-    types: list[tuple[int, int]], counts: list[int], capacity: int, max_images: int | None
-) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Yields ([(type, times in the row)], rows laid like this) until every document is in a row."""
-    stock = _Stock(types, counts)
-    while stock.columns:
-        if max_images is None:
-            _fill_tokens(stock, capacity, capacity)
-        else:
-            tokens, images = capacity, max_images
-            scarcity = stock.images * capacity / (stock.tokens * max_images)  # of images against tokens
-            if scarcity > _SCARCE:
-                tokens, images = _take_images(stock, capacity, max_images, min(max_images, ceil(max_images * scarcity)))
-            _fill_tokens(stock, tokens, images)
-        yield stock.lay()
+    def abundant(self, tokens: int, images: int, per_image: float | None, longest: bool) -> tuple[int, int] | None:
+        """The most abundant type that fits, the longer of equals; with per_image one that brings the row nearer so many tokens an image."""
+        count = self.count[1 : tokens + 1]
+        if self.images:
+            fewest = self.fewest[1 : tokens + 1]
+            count = np.where(fewest <= images, count, 0)
+            if per_image is not None:
+                dense = fewest * per_image >= np.arange(1, tokens + 1)
+                wanted = np.where(dense if per_image <= self.tokens / self.images else ~dense, count, 0)
+                count = wanted if wanted.any() else count
+        length = tokens - int((count[::-1] > 0 if longest else count[::-1]).argmax())
+        if not length or not count[length - 1]:
+            return None
+        return length, max((k for k in self.of_length[length] if k <= images), key=lambda k: (self.of_length[length][k], -k))
 
 
-def _take_images(stock: _Stock, tokens: int, images: int, wanted: int) -> tuple[int, int]:
-    """Begins a row with the longest type, then takes `wanted` images spread over its tokens; what is left of both budgets."""
-    spare = images - wanted
-    per_image = None
-    while images > spare and tokens:
-        t = stock.longest(tokens, images, per_image)
-        if t < 0:
+@dataclass(frozen=True)
+class _Way:
+    """How a search goes about it."""
+
+    spread: bool = False
+    """Each row takes its share of the images."""
+    share: float = 1.0
+    """Of the stock of a type that one pattern may use up; a row's first type is not held back."""
+    longest: bool = False
+    """The longest type that fits is added, not the most abundant: better for few documents."""
+    exact: bool = True
+    """Look for what closes a row exactly. longest without exact is first-fit-decreasing."""
+
+
+def _search(types: list[tuple[int, int]], counts: list[int], capacity: int, max_images: int | None) -> list[Pattern]:
+    tokens = sum(length * n for (length, _), n in zip(types, counts, strict=True))
+    images = sum(k * n for (_, k), n in zip(types, counts, strict=True))
+    tight = max_images is not None and images * capacity > _SCARCE * tokens * max_images
+    goal = _GOOD * _rows_for_sums(tokens, images, capacity, max_images)
+    few = sum(counts) <= _FEW
+    ways = [
+        _Way(),
+        *([_Way(spread=True)] if tight else []),
+        _Way(share=0.25),
+        *([_Way(longest=True), _Way(longest=True, exact=False)] if few else []),
+    ]
+    best: list[Pattern] = []
+    fewest, chosen = 0, ways[0]
+    for way in ways:
+        if way.share < 1 and chosen.spread:
+            continue  # it has not helped there
+        found = list(_patterns(types, counts, capacity, max_images, way))
+        rows = sum(n for _, n in found)
+        if not best or rows < fewest:
+            best, fewest, chosen = found, rows, way
+        if fewest <= goal:
             break
-        length, k = stock.types[t]
-        x = 1 if per_image is None else max(1, min((images - spare) // k // 2, stock.left(t), tokens // length))
-        stock.use(t, x)
-        tokens, images = tokens - x * length, images - x * k
-        per_image = tokens / max(images - spare, 1)
-    return tokens, images
+    return best
 
 
-def _fill_tokens(stock: _Stock, tokens: int, images: int) -> None:
-    """Fills the row: at each step exactly, by two types, or else with the longest that fits."""
-    while tokens and (t := stock.longest(tokens, images)) >= 0:
-        length, k = stock.types[t]
-        for x in range(min(stock.left(t), tokens // length, images // k if k else tokens), 0, -1):
-            space = tokens - x * length
-            if not space:
-                stock.use(t, x)
-                return
-            if (done := stock.exactly(space, images - x * k, length)) is not None:
-                stock.use(t, x)
-                stock.use(*done)
-                return
-        stock.use(t, 1)
-        tokens, images = tokens - length, images - k
+def _patterns(types: list[tuple[int, int]], counts: list[int], capacity: int, max_images: int | None, way: _Way) -> Iterator[Pattern]:
+    """Rows until every document is in one."""
+    limit = capacity if max_images is None else max_images
+    stock = _Stock(types, counts, capacity)
+    largest = sorted(types, key=lambda t: (max(t[0] / capacity, t[1] / limit), t))
+    while largest:
+        first = largest[-1]
+        if not stock.left(*first):
+            largest.pop()
+            continue
+        used = _row(stock, first, capacity, limit, way)
+        more = min(stock.left(*t) // n if t == first else int(way.share * (stock.left(*t) // n)) for t, n in used.items())
+        for (length, k), n in used.items():
+            if more:
+                stock.take(length, k, n * more)
+        yield used, more + 1
+
+
+def _row(stock: _Stock, first: tuple[int, int], capacity: int, limit: int, way: _Way) -> dict[tuple[int, int], int]:
+    """Takes one row's types out of the stock."""
+    share, space = 0.0, capacity  # images and tokens that an average row has
+    if way.spread:
+        share = min(limit, stock.images * capacity / stock.tokens)
+        space = min(capacity, ceil(stock.tokens * limit / max(stock.images, 1)))
+    used: dict[tuple[int, int], int] = {}
+    tokens, images = 0, 0
+
+    def use(length: int, k: int) -> None:
+        nonlocal tokens, images
+        stock.take(length, k, 1)
+        used[length, k] = used.get((length, k), 0) + 1
+        tokens, images = tokens + length, images + k
+
+    use(*first)
+    while tokens < capacity:
+        lacking = share - images
+        if way.exact and tokens < space and (closing := stock.closing(space - tokens, ceil(lacking - 1e-9), limit - images)):
+            for t in closing:
+                use(*t)
+            break
+        per_image = max(space - tokens, 0) / lacking if lacking > 0 else None
+        if (t := stock.abundant(capacity - tokens, limit - images, per_image, way.longest)) is None:
+            break
+        use(*t)
+    return used

@@ -3,9 +3,9 @@
 The stream of the mixture is split into the phases of the resolution schedule. Inside a phase every document has one length, text tokens +
 images x tokens_per_image, known from the index alone; documents that cannot fit a row are cut or left out, with a reason; `packing.plan`
 then puts the rest into rows, and steps are rows / batch.rows rounded up (the last batch of a phase is filled with empty rows, so nothing
-is dropped and every batch has one resolution). All of it is a pure function of recipe and shards: each process works it out for itself,
-and `fingerprint` says whether two of them, or a run and its resumption, agree. A Position (phase, packs consumed) does not depend on the
-layout.
+is dropped and every batch has one resolution). All of it is a pure function of recipe and shards; saved_plan.py keeps it on disk, so that one
+process works it out and all share it, and `fingerprint` says whether a run and its resumption agree. A Position (phase, packs consumed)
+does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from megatron_infimed.config import DataConfig, PhaseConfig, Recipe
 from megatron_infimed.data import packing
+from megatron_infimed.data.bound import Bound, prove
 from megatron_infimed.data.mixture import Stream, mix
-from megatron_infimed.data.shards import CONTEXT, IMAGE, TARGET, Document, Shard
+from megatron_infimed.data.shards import CONTEXT, IMAGE, TARGET, Shard
 from megatron_infimed.errors import UserError
 
 log = logging.getLogger("megatron_infimed.data")
@@ -52,11 +53,12 @@ class Phase:
     """One entry of the resolution schedule, packed.
 
     Attributes:
-        source, document: int32 and int64 [documents], in the order of the rows.
+        source, document: int32 [documents], in the order of the rows.
         offsets: int64 [rows + 1]; row r holds the documents offsets[r] to offsets[r + 1].
         kept_values: (source, document) -> leading values of the Document kept, where it was cut to fit.
         rejected: documents left out. cut: ids of the documents cut, once each.
-        fill: share of the rows' tokens that is not padding. lower_bound: no packing needs fewer rows.
+        row_tokens, row_images: int32 [rows], what each row holds.
+        fill: share of the rows' tokens that is not padding. bound: what no plan can do better than.
         lost: documents that are neither in a row nor rejected; 0, or planning has a bug.
     """
 
@@ -64,11 +66,13 @@ class Phase:
     image_size: int
     tokens_per_image: int
     source: NDArray[np.int32]
-    document: NDArray[np.int64]
+    document: NDArray[np.int32]
     offsets: NDArray[np.int64]
     batch_rows: int
+    row_tokens: NDArray[np.int32]
+    row_images: NDArray[np.int32]
     fill: float
-    lower_bound: int
+    bound: Bound
     lost: int
     kept_values: dict[tuple[int, int], int] = field(default_factory=dict)
     cut: list[str] = field(default_factory=list)
@@ -145,12 +149,13 @@ class Schedule:
         return sum(q.steps for q in self.phases[:phase]) + -(-packs // p.batch_rows)
 
 
-def build_schedule(recipe: Recipe, shards: Sequence[Shard]) -> Schedule:
+def build_schedule(recipe: Recipe, shards: Sequence[Shard], prove_seconds: float = 0.0) -> Schedule:
     """Mixes, splits and packs; logs one line a phase, and every document left out or cut.
 
     Args:
         recipe: data, schedule and batch are read.
         shards: one for each of `recipe.data.sources`, in that order.
+        prove_seconds: spent for each phase to prove how near the best plan it is; 0 only compares the sums.
 
     Raises:
         UserError: an empty mixture or phase, or an overlong document under `overlong: error`.
@@ -164,7 +169,7 @@ def build_schedule(recipe: Recipe, shards: Sequence[Shard]) -> Schedule:
         part = Stream(stream.source[span], stream.document[span])
         if not len(part):
             raise UserError(f"schedule[{number}]: until {phase.until} gives the phase none of the mixture's {len(stream)} documents")
-        phases.append(_pack(number, phase, part, catalogue, recipe.data, recipe.batch.rows))
+        phases.append(_pack(number, phase, part, catalogue, recipe.data, recipe.batch.rows, prove_seconds))
         _report(phases[-1], len(part))
     return Schedule(phases)
 
@@ -175,13 +180,15 @@ class _Catalogue:
     def __init__(self, shards: Sequence[Shard]):
         self.shards = shards
         self.base = np.cumsum([0, *(len(s) for s in shards)])[:-1]
-        self.text = np.concatenate([np.asarray(s.text_lengths) for s in shards])
-        self.images = np.concatenate([np.asarray(s.image_counts) for s in shards])
+        self.text = np.concatenate([np.asarray(s.text_lengths) for s in shards], dtype=np.int32)
+        self.images = np.concatenate([np.asarray(s.image_counts) for s in shards], dtype=np.int32)
 
 
-def _pack(number: int, phase: PhaseConfig, part: Stream, catalogue: _Catalogue, data: DataConfig, batch_rows: int) -> Phase:
+def _pack(
+    number: int, phase: PhaseConfig, part: Stream, catalogue: _Catalogue, data: DataConfig, batch_rows: int, prove_seconds: float
+) -> Phase:
     place = catalogue.base[part.source] + part.document
-    images = catalogue.images[place].astype(np.int64)
+    images = catalogue.images[place]
     lengths = catalogue.text[place] + images * phase.tokens_per_image
     fits = lengths <= data.capacity
     if data.max_images is not None:
@@ -200,7 +207,7 @@ def _pack(number: int, phase: PhaseConfig, part: Stream, catalogue: _Catalogue, 
                     f"{data.sources[source].prefix} {shard.record_id(document)} does not fit a row: {reason}{more}; "
                     "raise the limit, or set data.overlong to cut or reject"
                 )
-            fit = _cut(shard.document(document), phase.tokens_per_image, data) if data.overlong == "cut" else None
+            fit = _cut(*shard.runs(document), phase.tokens_per_image, data) if data.overlong == "cut" else None
             if fit is not None:
                 misfits.kept_values[source, document], lengths[i], images[i] = fit
                 misfits.cut.append(shard.record_id(document))
@@ -213,7 +220,10 @@ def _pack(number: int, phase: PhaseConfig, part: Stream, catalogue: _Catalogue, 
     kept = np.flatnonzero(fits)
     if not len(kept):
         raise UserError(f"schedule[{number}]: none of {len(part)} documents fits a row of {data.capacity} tokens; raise data.capacity")
-    plan = packing.plan(lengths[kept], images[kept], capacity=data.capacity, max_images=data.max_images, seed=data.seed + number)
+    del place, fits
+    lengths, images = lengths[kept], images[kept]
+    padded = -(-lengths // data.document_alignment) * data.document_alignment
+    plan = packing.plan(padded, images, capacity=data.capacity, max_images=data.max_images, seed=data.seed + number)
     order = kept[plan.order]
     placed = np.zeros(len(part), bool)
     placed[order] = True
@@ -225,8 +235,10 @@ def _pack(number: int, phase: PhaseConfig, part: Stream, catalogue: _Catalogue, 
         document=part.document[order],
         offsets=plan.offsets,
         batch_rows=batch_rows,
-        fill=packing.fill(lengths[kept], plan, data.capacity),
-        lower_bound=packing.lower_bound(lengths[kept], images[kept], data.capacity, data.max_images),
+        row_tokens=np.add.reduceat(lengths[plan.order], plan.offsets[:-1], dtype=np.int32),
+        row_images=np.add.reduceat(images[plan.order], plan.offsets[:-1], dtype=np.int32),
+        fill=packing.fill(lengths, plan, data.capacity),
+        bound=prove(padded, images, data.capacity, data.max_images, rows=len(plan), seconds=prove_seconds),
         lost=len(kept) - int(placed.sum()),
         kept_values=misfits.kept_values,
         cut=misfits.cut,
@@ -250,28 +262,31 @@ def _too_big(length: int, images: int, phase: PhaseConfig, data: DataConfig) -> 
     return " and ".join(parts)
 
 
-def _cut(document: Document, tokens_per_image: int, data: DataConfig) -> tuple[int, int, int] | None:
+def _cut(values: np.ndarray, modes: np.ndarray, tokens_per_image: int, data: DataConfig) -> tuple[int, int, int] | None:
     """The longest run of whole exchanges from the beginning that fits: (values kept, length, images), or None.
 
-    An exchange ends where a target token is followed by a context token (an image there would still belong to the answer).
+    An exchange ends where target tokens are followed by context tokens (an image there would still belong to the answer).
+
+    Args:
+        values, modes: of the document, as Shard.runs gives them.
     """
-    is_image = document.modes == IMAGE
-    lengths, images = np.cumsum(np.where(is_image, tokens_per_image, 1)), np.cumsum(is_image)
-    followed_by = np.append(document.modes[1:], CONTEXT)
-    fits = (document.modes == TARGET) & (followed_by == CONTEXT) & (lengths <= data.capacity)
+    is_image = modes == IMAGE
+    lengths, images = np.cumsum(np.where(is_image, tokens_per_image, values)), np.cumsum(is_image)
+    followed_by = np.append(modes[1:], CONTEXT)
+    fits = (modes == TARGET) & (followed_by == CONTEXT) & (lengths <= data.capacity)
     if data.max_images is not None:
         fits &= images <= data.max_images
     if not fits.any():
         return None
     last = int(np.flatnonzero(fits)[-1])
-    return last + 1, int(lengths[last]), int(images[last])
+    return int(values[: last + 1].sum()), int(lengths[last]), int(images[last])
 
 
 def _report(phase: Phase, documents: int) -> None:
     left_out = sum(r.times for r in phase.rejected)
     log.info(
         "phase %d: %d px, %d tokens an image: %d documents in %d rows (at least %d), fill %.2f %%, %d steps, %d cut, %d left out",
-        *(phase.number, phase.image_size, phase.tokens_per_image, documents - left_out, phase.rows, phase.lower_bound),
+        *(phase.number, phase.image_size, phase.tokens_per_image, documents - left_out, phase.rows, phase.bound.rows),
         *(100 * phase.fill, phase.steps, len(phase.cut), left_out),
     )
     for r in phase.rejected[:_SHOWN]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_infimed.data.records import IMAGE_MARK, Turn
 from megatron_infimed.errors import UserError
+from megatron_infimed.intake.records import IMAGE_MARK, Turn
 
 
 @dataclass(frozen=True)

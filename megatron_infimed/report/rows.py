@@ -1,32 +1,29 @@
-"""What a packed row really contains, for people: printed on the terminal and drawn as one self-contained HTML page.
+"""What documents and packed rows really contain, in plain values (Span, Doc, Row) and printed on the terminal.
 
-`look` plans the shard as training would and reads the first rows back from disk into plain values (Row, Doc, Span); `show` prints them with
-rich, `page` renders rows.html. Nothing is taken from the input files: what you see is what the loader reads. Special tokens are spans of
-their own, so a token that should not be there is seen.
+`read_document` reads one document back from disk, `look` plans the shards as training would and reads the first rows. Nothing is taken from
+the input files: what you see is what the loader reads. Special tokens are spans of their own, so a token that should not be there is seen.
+rows.html draws the same values; shard.py sets the page.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import numpy as np
-import typer
-from jinja2 import Environment, PackageLoader
-from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
 from megatron_infimed.data import packing
-from megatron_infimed.data.chat import Tokenizer, load_tokenizer
-from megatron_infimed.data.shards import IMAGE, TARGET, Piece, Shard
+from megatron_infimed.data.chat import Tokenizer
+from megatron_infimed.data.shards import IMAGE, TARGET, Piece
 from megatron_infimed.errors import UserError
+from megatron_infimed.report.pictures import Thumbnails, describe
+from megatron_infimed.report.shardset import ShardSet
 
-THUMBNAIL = 180
+_VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
+"""Control characters as pictures: text of a data set does not steer the reader's terminal."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,15 @@ class Span:
     about: str = ""
     """Of an image: number, format, size."""
     thumbnail: str = ""
-    """Of an image: a data: address; empty where it does not decode."""
+    """Of an image: a data: address; empty where it does not decode or none is wanted."""
 
 
 @dataclass(frozen=True)
 class Doc:
-    index: int
+    number: int
+    """In the set of shards."""
+    name: str
+    """Its number in its shard, with the shard's prefix where there are several."""
     id: str
     source: str
     spans: list[Span]
@@ -55,6 +55,10 @@ class Doc:
     @property
     def targets(self) -> int:
         return sum(s.tokens for s in self.spans if s.kind == "target")
+
+    @property
+    def images(self) -> list[Span]:
+        return [s for s in self.spans if s.kind == "image"]
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -79,7 +83,7 @@ class Row:
 
     @property
     def images(self) -> int:
-        return sum(s.kind == "image" for d in self.docs for s in d.spans)
+        return sum(len(d.images) for d in self.docs)
 
     @property
     def targets(self) -> int:
@@ -88,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Look:
-    prefix: str
+    name: str
     capacity: int
     tokens_per_image: int
     rows: list[Row]
@@ -99,151 +103,108 @@ class Look:
     lower_bound: int
 
 
+def read_document(shards: ShardSet, i: int, tokens_per_image: int, thumbnails: Thumbnails | None, most_pictures: int | None = None) -> Doc:
+    """Document i of the set at a resolution. Without thumbnails, and after `most_pictures`, only headers of pictures are read."""
+    shard, k = shards.document(i)
+    special = [v for name, v in vars(shards.tokenizer.special).items() if name != "pad"]
+    spans: list[Span] = []
+    pictures = 0
+    for piece in shard.document(k).pieces:
+        if piece.mode != IMAGE:
+            spans += _text_spans(piece, shards.tokenizer, special)
+            continue
+        wanted = most_pictures is None or pictures < most_pictures
+        about, thumbnail = thumbnails.of(shard, piece.image) if thumbnails and wanted else describe(shard.image(piece.image), None)
+        spans.append(Span("image", tokens_per_image, about=f"image {piece.image}, {about}", thumbnail=thumbnail))
+        pictures += 1
+    return Doc(i, f"{k}" if len(shards.shards) == 1 else f"{k} of {shard.prefix}", shard.record_id(k), shard.source(k), spans)
+
+
 def look(
-    prefix: str | Path,
-    tokenizer: Tokenizer,
+    shards: ShardSet,
     *,
     rows: int = 5,
     capacity: int = 4096,
     tokens_per_image: int = 144,
     max_images: int | None = None,
     seed: int = 0,
-    thumbnails: bool = True,
+    thumbnails: Thumbnails | None = None,
 ) -> Look:
-    """Plans the shard alone and reads its first rows.
+    """Plans the shards alone, together, and reads the first rows.
 
     Raises:
-        UserError: damaged or foreign shard, or no document fits a row.
+        UserError: no document fits a row.
     """
-    shard = Shard(prefix)
-    shard.check_tokenizer(tokenizer)
-    lengths, images = shard.lengths(tokens_per_image), shard.image_counts
-    fits = np.flatnonzero((lengths <= capacity) & (True if max_images is None else images <= max_images))
+    lengths, images, fits = fitting(shards, capacity, tokens_per_image, max_images)
     if not len(fits):
-        raise UserError(f"{prefix}: none of {len(shard)} documents fits a row of {capacity} tokens; raise --capacity")
-    lengths, images = lengths[fits], images[fits]
+        raise UserError(f"{shards.name}: none of {len(shards)} documents fits a row of {capacity} tokens; raise --capacity")
     plan = packing.plan(lengths, images, capacity=capacity, max_images=max_images, seed=seed)
-    special = {v: k for k, v in vars(tokenizer.special).items() if k != "pad"}
-
-    def doc(i: int) -> Doc:
-        spans = [s for p in shard.document(i).pieces for s in _spans(p, shard, tokenizer, special, tokens_per_image, thumbnails)]
-        return Doc(i, shard.record_id(i), shard.source(i), spans)
-
+    shown = [
+        Row(r, [read_document(shards, int(fits[i]), tokens_per_image, thumbnails) for i in plan.row(r)])
+        for r in range(min(rows, len(plan)))
+    ]
     return Look(
-        prefix=str(prefix),
+        name=shards.name,
         capacity=capacity,
         tokens_per_image=tokens_per_image,
-        rows=[Row(r, [doc(int(fits[i])) for i in plan.row(r)]) for r in range(min(rows, len(plan)))],
+        rows=shown,
         total_rows=len(plan),
         documents=len(fits),
-        too_long=len(shard) - len(fits),
+        too_long=len(shards) - len(fits),
         fill=packing.fill(lengths, plan, capacity),
         lower_bound=packing.lower_bound(lengths, images, capacity, max_images),
     )
 
 
-def _spans(
-    piece: Piece, shard: Shard, tokenizer: Tokenizer, special: dict[int, str], tokens_per_image: int, thumbnails: bool
-) -> list[Span]:
-    if piece.mode == IMAGE:
-        about, thumbnail = _picture(shard.image(piece.image), thumbnails)
-        return [Span("image", tokens_per_image, about=f"image {piece.image}, {about}", thumbnail=thumbnail)]
+def fitting(shards: ShardSet, capacity: int, tokens_per_image: int, max_images: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, images, number in the set) of the documents that fit a row, each int64 [m]."""
+    lengths, images = shards.lengths(tokens_per_image), shards.image_counts
+    fits = np.flatnonzero((lengths <= capacity) & (True if max_images is None else images <= max_images))
+    return lengths[fits], images[fits], fits
+
+
+def _text_spans(piece: Piece, tokenizer: Tokenizer, special: list[int]) -> list[Span]:
     kind = "target" if piece.mode == TARGET else "context"
-    cuts = sorted({0, len(piece.ids), *(c for i in np.flatnonzero(np.isin(piece.ids, list(special))) for c in (int(i), int(i) + 1))})
+    cuts = sorted({0, len(piece.ids), *(c for i in np.flatnonzero(np.isin(piece.ids, special)) for c in (int(i), int(i) + 1))})
     out = []
     for a, b in itertools.pairwise(cuts):
         ids = piece.ids[a:b].tolist()
-        is_special = ids[0] in special
-        out.append(Span(kind, b - a, tokenizer.decode(ids, skip_special=False), special=is_special))
+        out.append(Span(kind, b - a, tokenizer.decode(ids, skip_special=False), special=ids[0] in special))
     return out
-
-
-def _picture(data: bytes, thumbnail: bool) -> tuple[str, str]:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            about = f"{image.format} {image.width} x {image.height}, {len(data) / 1024:.1f} KiB"
-            if not thumbnail:
-                return about, ""
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            out = io.BytesIO()
-            image.convert("RGB").save(out, "JPEG", quality=80)
-    except Exception as e:  # shown, not hidden: a picture that training will show gray
-        return f"does not decode: {type(e).__name__}", ""
-    return about, "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def show(found: Look, console: Console) -> None:
     """Prints the rows: context dim, targets green, images and special tokens in their own colours."""
-    console.print(Text(headline(found), style="bold"))
+    console.print(_text(f"{found.name}: {packing_line(found)}", "bold"))
     for row in found.rows:
         console.print()
-        console.rule(Text(_row_line(row, found)))
+        console.rule(_text(row_line(row, found)))
         for doc in row.docs:
-            line = f"[{doc.index}] {doc.id} ({doc.source}): {doc.tokens} tokens, {doc.targets} with loss"
-            console.print(Text(line, style="underline"))
+            console.print(_text(f"[{doc.name}] {doc.id} ({doc.source}): {doc.tokens} tokens, {doc.targets} with loss", "underline"))
             text = Text()
             for s in doc.spans:
                 if s.kind == "image":
                     text.append(f"[{s.tokens} x <|image_pad|>: {s.about}]", style="cyan")
                 else:
-                    text.append(
-                        s.text, style={"target": "bold green", "context": "bright_black"}[s.kind] + (" italic" if s.special else "")
-                    )
+                    style = {"target": "bold green", "context": "bright_black"}[s.kind] + (" italic" if s.special else "")
+                    text.append(_text(s.text, style))
             console.print(text, soft_wrap=True)
 
 
-def headline(found: Look) -> str:
+def _text(words: str, style: str = "") -> Text:
+    return Text(words.translate(_VISIBLE), style)
+
+
+def packing_line(found: Look) -> str:
     dropped = f", {found.too_long:,} documents too long or with too many images for a row" if found.too_long else ""
     return (
-        f"{found.prefix}: {found.documents:,} documents in {found.total_rows:,} rows of {found.capacity:,} tokens at "
+        f"{found.documents:,} documents in {found.total_rows:,} rows of {found.capacity:,} tokens at "
         f"{found.tokens_per_image} tokens an image: {100 * found.fill:.2f} % full, at least {found.lower_bound:,} rows needed{dropped}"
     )
 
 
-def _row_line(row: Row, found: Look) -> str:
+def row_line(row: Row, found: Look) -> str:
     return (
         f"row {row.number}: {len(row.docs)} documents, {row.images} images, {row.tokens:,} of {found.capacity:,} tokens "
         f"({100 * row.tokens / found.capacity:.1f} %), {row.targets:,} with loss"
     )
-
-
-def page(found: Look) -> str:
-    """The same as one HTML document without any outside address."""
-    env = Environment(loader=PackageLoader("megatron_infimed", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    context: dict[str, Any] = {"look": found, "headline": headline(found), "row_line": lambda row: _row_line(row, found)}
-    return env.get_template("rows.html").render(context)
-
-
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-
-
-@app.command()
-def command(
-    prefix: Annotated[str, typer.Argument(help="PREFIX of the shard's files")],
-    tokenizer: Annotated[str, typer.Option(help="the tokenizer the shard was made with")],
-    rows: Annotated[int, typer.Option(min=1, help="rows to show")] = 5,
-    capacity: Annotated[int, typer.Option(min=1, help="tokens in a row")] = 4096,
-    tokens_per_image: Annotated[int, typer.Option(min=1)] = 144,
-    max_images: Annotated[int | None, typer.Option(min=1, help="images in a row at most")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    html: Annotated[Path | None, typer.Option(help="draw the rows into this file")] = None,
-) -> None:
-    """Prints and draws what packed rows really contain."""
-    found = look(
-        prefix,
-        load_tokenizer(tokenizer),
-        rows=rows,
-        capacity=capacity,
-        tokens_per_image=tokens_per_image,
-        max_images=max_images,
-        seed=seed,
-        thumbnails=html is not None,
-    )
-    show(found, Console(highlight=False))
-    if html is not None:
-        try:
-            html.parent.mkdir(parents=True, exist_ok=True)
-            html.write_text(page(found), encoding="utf-8", errors="replace")
-        except OSError as e:
-            raise UserError(f"{html}: cannot write there ({e.strerror})") from None
-        print(f"drawn: {html}")

@@ -25,7 +25,8 @@ from megatron_infimed.config import Recipe, dump_recipe
 from megatron_infimed.data.chat import Tokenizer, load_tokenizer
 from megatron_infimed.data.decode import make_decoder
 from megatron_infimed.data.loader import Loader
-from megatron_infimed.data.schedule import Position, Schedule, build_schedule
+from megatron_infimed.data.saved_plan import plan_of
+from megatron_infimed.data.schedule import Position, Schedule
 from megatron_infimed.data.shards import Shard
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
@@ -58,7 +59,7 @@ def fit(recipe: Recipe) -> bool:
             f"precision.fp8={recipe.precision.fp8} needs a GPU and Transformer Engine ({REMEDY['transformer_engine']}), or set it off"
         )
     tokenizer, shards = open_data(recipe)
-    schedule = build_schedule(recipe, shards)
+    schedule = plan_of(recipe, shards, builds=ranks.rank == 0)
     start_from = checkpoint.find_sound(recipe.init_from, recipe.model, ranks) if recipe.init_from else None
     identity = _identity(recipe, schedule, shards, start_from)
     last_step = min(schedule.total_steps, recipe.max_steps or schedule.total_steps)

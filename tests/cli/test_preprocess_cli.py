@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,9 @@ def test_preprocess_then_inspect(work: Path) -> None:
         ({"--input": "gone.json"}, "gone.json: no such input file"),
         ({"--tokenizer": "nowhere"}, "nowhere: no tokenizer there"),
         ({"--images": "nowhere"}, "nowhere: no such image folder"),
+        ({"--map": "nowhere"}, "nowhere: no such field map"),
+        ({"--slurm-arg": "account"}, "--slurm-arg account: write KEY=VALUE"),
+        ({"--engine": "slurm"}, "--slurm-partition" if shutil.which("sbatch") else "needs sbatch"),
         ({"--output": "/proc/x/y"}, "cannot write there"),
     ],
 )
@@ -83,6 +87,15 @@ def test_mistakes_are_one_line_and_exit_2(work: Path, change: dict[str, str], te
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and text in done.stderr and done.stderr.count("\n") == 1
     assert not list(work.glob("bad.*"))
+
+
+def test_dry_run(work: Path) -> None:
+    words = ("--input", work / "set.json", "--images", work / "images", "--tokenizer", work / "tok", "--output", work / "dry" / "set")
+    done = run("preprocess_multimodal.py", *words, "--dry-run", 100, "--tasks", 4, "--piece-rows", 6)
+    assert done.returncode == 0 and done.stderr == "" and not (work / "dry").exists()
+    said = " ".join(done.stdout.split())
+    for text in ("1 with 21 rows; 21 were looked at", "[bold]gone", "local, 4 tasks, 4 pieces of 6 rows", "nothing was written"):
+        assert text in said, done.stdout
 
 
 def test_inspect_without_a_shard(work: Path) -> None:

@@ -18,8 +18,8 @@ from megatron_infimed.convert.export import export
 from megatron_infimed.convert.start import import_checkpoint
 from megatron_infimed.data.chat import load_tokenizer, prompt_segments
 from megatron_infimed.data.decode import TorchDecoder
-from megatron_infimed.data.records import IMAGE_MARK, Turn
 from megatron_infimed.evaluate.generate import prompt_document
+from megatron_infimed.intake.records import IMAGE_MARK, Turn
 from tests.parity import client, hf, old_transformers
 from tests.tiny import tiny_images
 

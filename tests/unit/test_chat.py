@@ -10,8 +10,8 @@ import pytest
 
 from megatron_infimed.data import chat
 from megatron_infimed.data.chat import encode_batch, flat_ids, hf_messages, load_tokenizer, prompt_ids
-from megatron_infimed.data.records import Turn
 from megatron_infimed.errors import UserError
+from megatron_infimed.intake.records import Turn
 from tests.tiny import SPECIAL, tiny_sentencepiece, tiny_tokenizer
 
 TALKS = [

@@ -16,18 +16,20 @@ MAY_IMPORT = {
     "optional": {"errors"},
     "log": set(),
     "parallel": {"config", "errors"},
-    "data": {"config", "errors", "optional"},
+    "intake": {"errors", "optional"},
+    "data": {"config", "errors", "optional", "intake"},
+    "preprocess": {"errors", "optional", "intake", "data"},
     "model": {"config", "errors", "optional", "data", "parallel"},
     "train": {"config", "errors", "optional", "log", "data", "model", "parallel", "megatron_infimed"},
     "convert": {"config", "errors", "optional", "log", "data", "model", "parallel", "train", "megatron_infimed", "cli"},
-    "evaluate": {"config", "errors", "optional", "log", "data", "model", "parallel", "train"},
-    "report": {"config", "errors", "data", "evaluate"},
+    "evaluate": {"config", "errors", "optional", "log", "intake", "data", "model", "parallel", "train"},
+    "report": {"config", "errors", "intake", "data", "evaluate"},
     "check": {"config", "errors", "optional", "data", "model", "parallel"},
     "cli": None,  # everything
     "__main__": None,
     "__init__": set(),
 }
-HEAVY = {"transformer_engine", "nvidia", "flash_attn", "apex", "ray", "vllm"}
+HEAVY = {"transformer_engine", "nvidia", "flash_attn", "apex", "ray", "vllm", "datatrove", "nibabel", "imagecodecs", "pydicom"}
 
 
 def part_of(path: Path) -> str:
@@ -36,9 +38,12 @@ def part_of(path: Path) -> str:
 
 
 def imports(path: Path):
-    """(module, whether the statement stands inside a function)"""
+    """(module, whether the statement stands inside a function, or is for type checkers alone)"""
     tree = ast.parse(path.read_text())
-    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    late = [
+        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) or (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    ]
+    inside = {id(node) for part in late for node in ast.walk(part)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in inside) for alias in node.names)

@@ -17,7 +17,8 @@ from megatron_infimed.data.chat import load_tokenizer
 from megatron_infimed.data.decode import GRAY, TorchDecoder
 from megatron_infimed.data.loader import Loader
 from megatron_infimed.data.schedule import build_schedule
-from megatron_infimed.data.shards import IMAGE, TARGET, Document, Shard, ShardWriter
+from megatron_infimed.data.shard_writer import ShardWriter
+from megatron_infimed.data.shards import IMAGE, TARGET, Document, Shard
 from megatron_infimed.errors import UserError
 from tests.tiny import tiny_images, tiny_tokenizer
 from tests.unit.test_schedule import MemoryShard, document, random_shard, recipe

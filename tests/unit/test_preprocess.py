@@ -1,28 +1,34 @@
-"""Preprocessing: what goes in comes out, bad images are rejects, a finished shard is left alone."""
+"""Preprocessing: what goes in comes out, bad images and identifying text are rejects, a finished shard is left alone."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_file
 
-from megatron_infimed.data import preprocess as module
-from megatron_infimed.data.chat import Tokenizer, encode, load_tokenizer
-from megatron_infimed.data.preprocess import check_image, preprocess
-from megatron_infimed.data.readers import read
-from megatron_infimed.data.records import Record
-from megatron_infimed.data.shards import IMAGE, TARGET, Shard, shard_file, verify
+from megatron_infimed.data.chat import encode, load_tokenizer
+from megatron_infimed.data.shards import IMAGE, TARGET, Shard, shard_file
 from megatron_infimed.errors import UserError
+from megatron_infimed.intake.images import check_image, open_images
+from megatron_infimed.intake.images import read as read_image
+from megatron_infimed.intake.readers import read
+from megatron_infimed.intake.records import Record
+from megatron_infimed.preprocess import pieces as module
+from megatron_infimed.preprocess.engines import Engine
+from megatron_infimed.preprocess.preprocess import make_job, preprocess, try_out
+from megatron_infimed.preprocess.verify import verify
 from tests.tiny import tiny_images, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_tokenizer(tmp_path_factory.mktemp("tok")))
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 @pytest.fixture
@@ -46,19 +52,20 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_goes_in_comes_out(corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_in_comes_out(corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH", 7)
-    outcome = preprocess([corpus / "set.jsonl"], corpus / "out" / "set", tokenizer, images=corpus / "images", max_text_tokens=200)
-    shard = Shard(corpus / "out" / "set")
+    outcome = preprocess([corpus / "set.jsonl"], corpus / "out" / "set", tokenizer, images=[corpus / "images"], max_text_tokens=200)
+    shard, words = Shard(corpus / "out" / "set"), load_tokenizer(tokenizer)
     assert not outcome.skipped and outcome.manifest == shard.manifest
-    wanted = {r.id: r for r in read(corpus / "set.jsonl", corpus / "images") if isinstance(r, Record)}
+    rows = (item for _, item in read(corpus / "set.jsonl", images=open_images([corpus / "images"])))
+    wanted = {r.id: r for r in rows if isinstance(r, Record)}
     assert [shard.record_id(i) for i in range(len(shard))] == [f"d{i}" for i in range(30)]
     for i in range(30):
         record = wanted[f"d{i}"]
         pieces = shard.document(i).pieces
-        assert [p.ids.tolist() for p in pieces if p.mode != IMAGE] == [v for k, v in encode(tokenizer, record) if k != "image"]
-        assert [shard.image(p.image) for p in pieces if p.mode == IMAGE] == [p.read_bytes() for p in record.images if isinstance(p, Path)]
-        assert tokenizer.decode(next(p.ids for p in pieces if p.mode == TARGET)) == f"It is {i}."
+        assert [p.ids.tolist() for p in pieces if p.mode != IMAGE] == [v for k, v in encode(words, record) if k != "image"]
+        assert [shard.image(p.image) for p in pieces if p.mode == IMAGE] == [read_image(image) for image in record.images]
+        assert words.decode(next(p.ids for p in pieces if p.mode == TARGET)) == f"It is {i}."
     assert shard.images == 4
     counts = {reason: entry["count"] for reason, entry in outcome.manifest["rejects"].items()}
     assert counts == {"corrupt image": 3, "missing image file": 1, "too many text tokens": 1, "broken json": 1}
@@ -67,23 +74,31 @@ def test_what_goes_in_comes_out(corpus: Path, tokenizer: Tokenizer, monkeypatch:
     verify(shard.prefix)
 
 
-def test_same_inputs_same_bytes(corpus: Path, tokenizer: Tokenizer) -> None:
-    a, b = (preprocess([corpus / "set.jsonl"], corpus / n, tokenizer, images=corpus / "images", threads=t) for n, t in (("a", 1), ("b", 4)))
+def test_an_image_in_several_batches_is_read_once(corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[object] = []
+    real = module.load
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "load", lambda image, *a: (reads.append(image), real(image, *a))[1])
+    preprocess([corpus / "set.jsonl"], corpus / "out", tokenizer, images=[corpus / "images"])
+    assert len(reads) == len(set(reads)) == 5 + 3
+
+
+def test_same_inputs_same_bytes(corpus: Path, tokenizer: Path) -> None:
+    a, b = (
+        preprocess([corpus / "set.jsonl"], corpus / n, tokenizer, images=[corpus / "images"], threads=t) for n, t in (("a", 1), ("b", 4))
+    )
     assert a.manifest == b.manifest
 
 
-def test_finished_is_skipped_and_changes_are_not(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    def again(tok: Tokenizer = tokenizer, **kw: object) -> bool:
-        return preprocess([corpus / "set.jsonl"], corpus / "out", tok, images=corpus / "images", **kw).skipped  # type: ignore[arg-type]
+def test_finished_is_skipped_and_changes_are_not(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    def again(tok: Path = tokenizer, **kw: object) -> bool:
+        return preprocess([corpus / "set.jsonl"], corpus / "out", tok, images=[corpus / "images"], **kw).skipped  # type: ignore[arg-type]
 
-    assert [again(), again(), again(force=True), again(max_text_tokens=100), again(max_text_tokens=100)] == [
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert again(load_tokenizer(tiny_tokenizer(tmp_path / "other", 390))) is False
+    assert [again(), again(), again(piece_rows=5), again(force=True)] == [False, True, True, False]
+    for change in ({"max_text_tokens": 100}, {"text_phi": "off"}, {"source": "x"}, {"map": "vqa_rad"}, {"allow_burned_in": ["x"]}):
+        if change != {"map": "vqa_rad"}:  # another map may leave no row
+            assert [again(**change), again(**change)] == [False, True], change
+    assert again(tiny_tokenizer(tmp_path / "other", 390)) is False
     assert again() is False
     with shard_file(corpus / "out", "image.bin").open("ab") as f:
         f.write(b"x")
@@ -93,23 +108,107 @@ def test_finished_is_skipped_and_changes_are_not(corpus: Path, tokenizer: Tokeni
     assert [again(), again()] == [False, True]
 
 
-def test_an_interrupted_run_leaves_the_old_shard(corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_files_lie_does_not_matter(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    a = preprocess([corpus / "set.jsonl"], tmp_path / "a", tokenizer, images=[corpus / "images"])
+    for name in ("set.jsonl", "images"):
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        shutil.move(corpus / name, tmp_path / "moved" / name)
+    assert preprocess([tmp_path / "moved" / "set.jsonl"], tmp_path / "a", tokenizer, images=[tmp_path / "moved" / "images"]).skipped
+    assert a.manifest["inputs"][0].keys() == {"name", "bytes", "sha256", "source"}
+
+
+def test_an_interrupted_run_leaves_the_old_shard(corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ([corpus / "set.jsonl"], corpus / "out", tokenizer)
-    preprocess(*args, images=corpus / "images")
-    monkeypatch.setattr(module, "encode_batch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        preprocess(*args, images=corpus / "images", force=True)
+    preprocess(*args, images=[corpus / "images"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "encode_batch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        preprocess(*args, images=[corpus / "images"], force=True)
     verify(corpus / "out")
-    assert not list(corpus.glob("*.tmp")) and not list(corpus.glob("*.lock"))
+    assert not list(corpus.glob("*.tmp")) and not list(corpus.glob("*.lock")) and not list(corpus.glob("out.work/pieces/*"))
+    assert preprocess(*args, images=[corpus / "images"]).skipped and not (corpus / "out.work").exists()
 
 
-def test_nothing_left_is_an_error(corpus: Path, tokenizer: Tokenizer) -> None:
+def test_nothing_left_is_an_error(corpus: Path, tokenizer: Path) -> None:
     (corpus / "bad.jsonl").write_text('{"id": "1", "image": "gone.jpg", "caption": "x"}\n' * 3)
     with pytest.raises(UserError, match=r"not one document left: missing image file \(3\); see .*out\.rejects\.jsonl"):
         preprocess([corpus / "bad.jsonl"], corpus / "out", tokenizer)
-    assert len((corpus / "out.rejects.jsonl").read_text().splitlines()) == 3
+    assert len((corpus / "out.rejects.jsonl").read_text().splitlines()) == 3 and not (corpus / "out.work").exists()
     with pytest.raises(UserError, match="there is no shard"):
         Shard(corpus / "out")
+    (corpus / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="not one document left: the input is empty"):
+        preprocess([corpus / "empty.jsonl"], corpus / "out", tokenizer)
+
+
+@pytest.mark.parametrize(("how", "documents", "counted"), [
+    ("reject", 1, "text name: rejected"), ("redact", 2, "text name: redacted"), ("flag", 2, "text name: flagged"), ("off", 2, "text: not looked at"),
+])  # fmt: skip
+def test_identifying_text(tmp_path: Path, tokenizer: Path, how: str, documents: int, counted: str) -> None:
+    rows = [{"question": "Seen by Dr. Smith?", "answer": "Yes."}, {"question": "Which organ?", "answer": "The liver."}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    m = preprocess([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer, text_phi=how).manifest  # type: ignore[arg-type]
+    assert m["documents"] == documents and m["deid"]["policy"] == {"text": how, "allow_burned_in": []}
+    assert m["deid"]["counts"][counted] == (2 if how == "off" else 1)
+    left = "".join(p.read_bytes().decode("latin1") for p in tmp_path.glob("out.*")) + json.dumps(m)
+    assert "Smith" not in left
+
+
+def test_a_folder_of_dicom_files(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("CT_small.dcm", "examples_rgb_color.dcm"):  # the second is an ultrasound: it may show the patient's name
+        shutil.copy(str(get_testdata_file(name)), tmp_path / "scans" / name)
+    closed = preprocess([tmp_path / "scans"], tmp_path / "closed", tokenizer, map="dicom", piece_rows=1).manifest
+    assert closed["documents"] == 1 and closed["rejects"].keys() == {"modality may burn in text"}
+    assert closed["deid"]["counts"]["dicom: pixels only"] == 1
+    opened = preprocess([tmp_path / "scans"], tmp_path / "open", tokenizer, map="dicom", allow_burned_in=["scans"]).manifest
+    assert opened["documents"] == opened["distinct_images"] == 2 and len(opened["inputs"]) == 1
+    assert opened["deid"]["counts"]["dicom modality may burn in text: allowed by name"] == 1
+    assert all(Shard(tmp_path / "open").image(k).startswith(b"\x89PNG") for k in range(2))
+    verify(tmp_path / "open")
+    shutil.copy(tmp_path / "scans" / "CT_small.dcm", tmp_path / "scans" / "another.dcm")
+    assert not preprocess([tmp_path / "scans"], tmp_path / "closed", tokenizer, map="dicom").skipped
+
+
+def test_decisions_do_not_depend_on_the_piece(tmp_path: Path, tokenizer: Path) -> None:
+    """One ultrasound asked about in every row: read once a piece, counted for every use."""
+    shutil.copy(str(get_testdata_file("examples_rgb_color.dcm")), tmp_path / "us.dcm")
+    rows = [{"id": f"r{i}", "image": "us.dcm", "question": "What?", "answer": f"{i}"} for i in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = [
+        preprocess([tmp_path / "a.jsonl"], tmp_path / str(n), tokenizer, allow_burned_in=["a"], piece_rows=n).manifest for n in (5, 100)
+    ]
+    assert made[0] == made[1]
+    assert made[0]["deid"]["counts"] == {"dicom modality may burn in text: allowed by name": 12, "text: clean": 12}
+
+
+def test_a_dry_run_tells_and_leaves_nothing(corpus: Path, tokenizer: Path) -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    job = make_job(
+        [corpus / "set.jsonl"], corpus / "dry" / "out", tokenizer, map=None, images=[corpus / "images"], source=None, max_text_tokens=None,
+        text_phi=None, allow_burned_in=(), piece_rows=10, threads=1, hashed=False,
+    )  # fmt: skip
+    Console(file=out, width=150).print(try_out(job, 12, Engine(tasks=3)))
+    text = out.getvalue()
+    for words in (
+        "1 with 36 rows; 12 were looked at",
+        "corrupt image",
+        "3: cut (cut.jpg",
+        "set.jsonl:line 11",
+        "text: clean",
+        "local, 3 tasks, 4 pieces of 10 rows",
+    ):
+        assert words in text, text
+    assert not (corpus / "dry").exists() and not list(corpus.glob("*.work"))
+    (corpus / "set.jsonl").rename(corpus / "x.json")
+    (corpus / "x.json").write_text('[{"question": "a", "answer": "b"}, {"question": ')
+    job = make_job(
+        [corpus / "x.json"], corpus / "dry" / "out", tokenizer, map=None, images=(), source=None, max_text_tokens=None,
+        text_phi=None, allow_burned_in=(), piece_rows=10, threads=1, hashed=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"x\.json: the array breaks off after 1 row"):  # found although it lies behind the first row
+        try_out(job, 1, Engine())
 
 
 def picture(mode: str, kind: str, size: tuple[int, int] = (40, 30), **kw: object) -> bytes:

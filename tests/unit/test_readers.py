@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import zstandard
 from pyarrow import parquet
 
-from megatron_infimed.data.readers import inputs_of, read
-from megatron_infimed.data.records import Record, Reject, Turn, marks
 from megatron_infimed.errors import UserError
+from megatron_infimed.intake import images as image_files
+from megatron_infimed.intake.deid import DeidPolicy, Gate
+from megatron_infimed.intake.fieldmap import load_map
+from megatron_infimed.intake.images import open_images
+from megatron_infimed.intake.readers import inputs_of, read
+from megatron_infimed.intake.records import Record, Reject, Stored, Turn, marks
 from tests.tiny import tiny_images
+from tests.unit.test_images import DAMAGE, odd, pack, tar_bytes
 
 
 @pytest.fixture
@@ -25,10 +33,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def rows(file: Path, *images: Path, **more: Any) -> list[Record | Reject]:
+    """What a file holds; the numbers must be those of the rows."""
+    found = list(read(file, images=open_images(images) if images else None, **more))
+    if "mine" not in more:
+        assert [number for number, _ in found] == list(range(len(found)))
+    return [item for _, item in found]
+
+
 def one(folder: Path, row: Any) -> Record | Reject:
     file = folder / "set.jsonl"
     file.write_text(json.dumps(row))
-    (found,) = read(file, folder / "images")
+    (found,) = rows(file, folder / "images")
     return found
 
 
@@ -73,7 +89,7 @@ def test_shapes_of_rows(folder: Path, row: Any, id: str, images: int, texts: lis
     record = one(folder, row)
     assert isinstance(record, Record)
     assert (record.id, len(record.images), [t.text for t in record.turns], record.source) == (id, images, texts, "set")
-    assert marks(record.turns) == images and all(isinstance(p, Path) and p.is_file() for p in record.images)
+    assert marks(record.turns) == images and all(isinstance(p, Stored) and image_files.read(p) for p in record.images)
 
 
 BAD = [
@@ -109,7 +125,7 @@ def test_awkward_rows_are_rejects(folder: Path, row: Any, reason: str, detail: s
     file = folder / "set.jsonl"
     good = json.dumps({"id": "first", "question": "q", "answer": "a"})
     file.write_text(f"{good}\n{json.dumps(row)}\n{good}\n")
-    before, reject, after = read(file, folder / "images")
+    before, reject, after = rows(file, folder / "images")
     assert isinstance(before, Record) and isinstance(after, Record)
     assert isinstance(reject, Reject) and reject.reason == reason and detail in reject.detail and reject.source == "set"
 
@@ -118,21 +134,21 @@ def test_broken_lines_are_named_and_do_not_stop(folder: Path) -> None:
     file = folder / "set.jsonl"
     good = json.dumps({"id": "g", "question": "q", "answer": "a"}).encode()
     file.write_bytes(b"\xef\xbb\xbf" + good + b"\n{broken\n\n" + b'{"id": "\xff"}\n' + b"[" * 100_000 + b"\n" + good)
-    rows = list(read(file))
-    assert [type(r) for r in rows] == [Record, Reject, Reject, Reject, Record]
-    assert [(r.id, r.reason) for r in rows[1:4] if isinstance(r, Reject)] == [(f"set.jsonl:line {n}", "broken json") for n in (2, 4, 5)]
+    found = rows(file)
+    assert [type(r) for r in found] == [Record, Reject, Reject, Reject, Record]
+    assert [(r.id, r.reason) for r in found[1:4] if isinstance(r, Reject)] == [(f"set.jsonl:line {n}", "broken json") for n in (2, 4, 5)]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_array_is_streamed(folder: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_infimed.data.readers._CHUNK", 37)  # elements cut at every place
-    rows = [{"id": i, "question": 'é "] },{ \\ ' * 5, "answer": f"{i / 7} true null 1e-5"} for i in range(40)]
+    monkeypatch.setattr("megatron_infimed.intake.rows._CHUNK", 37)  # elements cut at every place
+    talks = [{"id": i, "question": 'é "] },{ \\ .' * 5, "answer": f"{i / 7} true null 1e-5"} for i in range(40)]
     file = folder / "big.json"
-    file.write_text(json.dumps(rows, indent=indent, ensure_ascii=bool(indent)) + "\n", encoding="utf-8")
-    found = list(read(file))
+    file.write_text(json.dumps(talks, indent=indent, ensure_ascii=bool(indent)) + "\n", encoding="utf-8")
+    found = rows(file)
     assert [r.id for r in found] == [str(i) for i in range(40)]
     assert [r.turns for r in found if isinstance(r, Record)] == [
-        (Turn("user", r["question"]), Turn("assistant", r["answer"])) for r in rows
+        (Turn("user", r["question"]), Turn("assistant", r["answer"])) for r in talks
     ]
 
 
@@ -141,14 +157,14 @@ def test_a_large_array_takes_little_memory(folder: Path) -> None:
 
     file = folder / "big.json"
     with file.open("w") as out:
-        out.write("[" + ",".join(json.dumps({"id": i, "question": "q" * 400, "answer": "a"}) for i in range(20_000)) + "]")
+        out.write("[" + ",".join(json.dumps({"id": i, "question": "q" * 1700, "answer": "a"}) for i in range(5_000)) + "]")
     tracemalloc.start()
-    assert sum(isinstance(r, Record) for r in read(file)) == 20_000
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20  # measured 5.0 MiB, of a file of 8.9 MB; one read chunk is 1 MiB
+    assert sum(isinstance(r, Record) for _, r in read(file)) == 5_000
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20  # measured 5.0 MiB, of a file of 8.7 MB; one read chunk is 1 MiB
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("ending", ["", ",", ', {"id": "b"', " x]", ', {"id": 1 2}, {"id": 3}]', "}"])
+@pytest.mark.parametrize("ending", ["", ",", ', {"id": "b"', " x]", ', {"id": 1 2}, {"id": 3}]', "}", "] [", "]]", ", " + "9" * 5000 + "]"])
 def test_a_broken_array_says_where(folder: Path, ending: str) -> None:
     file = folder / "a.json"
     file.write_text('[{"id": "a", "question": "q", "answer": "a"}' + ending)
@@ -159,7 +175,7 @@ def test_a_broken_array_says_where(folder: Path, ending: str) -> None:
 def test_empty_files(folder: Path) -> None:
     for name, text in (("e.jsonl", ""), ("e.json", "[ ]"), ("f.json", "\n")):
         (folder / name).write_text(text)
-        assert list(read(folder / name)) == []
+        assert rows(folder / name) == []
 
 
 def test_parquet_with_bytes_in_any_layout(folder: Path) -> None:
@@ -185,7 +201,7 @@ def test_parquet_with_bytes_in_any_layout(folder: Path) -> None:
     found = {}
     for name, table in tables.items():
         parquet.write_table(table, folder / f"{name}.parquet")
-        found[name] = list(read(folder / f"{name}.parquet", folder / "images"))
+        found[name] = rows(folder / f"{name}.parquet", folder / "images")
     assert [type(r) for r in found["struct"]] == [Record, Reject, Reject]
     assert found["struct"][0].images == (a,) and found["struct"][0].id == "struct.parquet:row 0"
     assert [r.reason for r in found["struct"][1:]] == ["null image", "unknown row shape"]
@@ -202,11 +218,229 @@ def test_a_broken_parquet_is_an_error(folder: Path) -> None:
 def test_which_files(folder: Path) -> None:
     with pytest.raises(UserError, match="no such input file"):
         inputs_of(folder / "gone.json")
-    (folder / "x.csv").write_text("")
-    with pytest.raises(UserError, match=r"cannot tell the format from \.csv; inputs are \.json"):
-        inputs_of(folder / "x.csv")
+    (folder / "x.xlsx").write_text("")
+    with pytest.raises(UserError, match=r"cannot tell the format from \.xlsx; inputs are \.json"):
+        inputs_of(folder / "x.xlsx")
     for name in ("b.parquet", "a.jsonl"):
         (folder / name).write_text("")
     assert [p.name for p in inputs_of(folder)] == ["a.jsonl", "b.parquet"]
     with pytest.raises(UserError, match="no such image folder"):
-        list(read(folder / "a.jsonl", folder / "pics"))
+        open_images([folder / "pics"])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json"])
+def test_tables_plain_and_compressed(folder: Path, kind: str, suffix: str) -> None:
+    sign = "\t" if kind == "tsv" else ","
+    text = {
+        "jsonl": '{"id": "007", "question": "é,\\n", "answer": "a"}\n{"id": "8", "question": "q", "answer": "b"}',
+        "json": '[{"id": "007", "question": "é,\\n", "answer": "a"}, {"id": "8", "question": "q", "answer": "b"}]',
+    }.get(kind, f'\ufeffid{sign}question{sign}answer\r\n007{sign}"é,\n"{sign}a\r\n\r\n8{sign}q{sign}b\r\n')
+    file = folder / f"t.{kind}{suffix}"
+    file.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](text.encode()))
+    found = rows(file)
+    assert [(r.id, r.source) for r in found] == [("007", "t"), ("8", "t")]
+    assert [[t.text.strip() for t in r.turns] for r in found if isinstance(r, Record)] == [["é,", "a"], ["q", "b"]]
+    if suffix:
+        file.write_bytes(file.read_bytes()[:-3])
+        with pytest.raises(
+            UserError, match=r"t\.\w+\.\w+: cannot be read (after row \d|from its first row) on: .*; mend the file or get it again"
+        ):
+            rows(file)
+
+
+def test_a_broken_csv(folder: Path) -> None:
+    file = folder / "t.csv"
+    file.write_bytes(b"id,question,answer\n1,q,a\n2,q\n3,\xff,a\n\xff,q,a\n5,q,a,b\n")
+    assert [getattr(r, "reason", r.id) for r in rows(file)] == [
+        "1",
+        "wrong number of columns",
+        "text is not valid Unicode",
+        "?",
+        "wrong number of columns",
+    ]
+    for text, words in (
+        ('id,question,answer\n1,q,a\n2,"q"x,a\n', "the rows cannot be told apart after row 1, line 3: .*; mend the quotes"),
+        ('id,question,answer\n1,q,a\n2,"q,a\n' + "3,q,a\n" * 30_000, "after row 1, line .*field larger than field limit"),
+        ('id,question,answer\n1,q,a\n2,"q,a\n', "unexpected end of data"),
+        ("id,question,id\n1,q,a\n", r"must name the columns, each once \(3 names, 2 different\)"),
+        ("just text\nmore\n", r"must name the columns, each once \(1 names"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            rows(file)
+
+
+def test_rows_over_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_infimed.intake.rows.ROW_LIMIT", 1000)
+    monkeypatch.setattr("megatron_infimed.intake.rows._CHUNK", 100)
+    good = json.dumps({"id": "g", "question": "q", "answer": "a"})
+    big = json.dumps({"id": "b", "question": "q" * 5000, "answer": "a"})
+    (folder / "t.jsonl").write_text(f"{good}\n{big}\n{good}\n{big}")
+    assert [(type(r), r.id) for r in rows(folder / "t.jsonl")] == [
+        (Record, "g"),
+        (Reject, "t.jsonl:line 2"),
+        (Record, "g"),
+        (Reject, "t.jsonl:line 4"),
+    ]
+    (folder / "t.json").write_text(f"[{good}, {big}]")
+    with pytest.raises(UserError, match=r"breaks off after 1 rows \(a row of more than 1000 characters\)"):
+        rows(folder / "t.json")
+    (folder / "t.csv").write_text(f"id,question,answer\n1,q,a\n2,{'q' * 5000},a\n")
+    with pytest.raises(UserError, match="after row 1, line 2: a line of more than 1000 characters"):
+        rows(folder / "t.csv")
+
+
+def ten_rows(folder: Path, kind: str) -> Path:
+    talks = [{"id": str(i), "question": f"q{i}", "answer": "a"} for i in range(10)]
+    file = folder / f"ten.{kind}"
+    if kind == "parquet":
+        parquet.write_table(
+            pa.Table.from_pylist(talks), file, row_group_size=4, write_page_checksum=True, compression="none", write_statistics=False
+        )
+    elif kind == "csv":
+        file.write_text("id,question,answer\n" + "".join(f"{i},q{i},a\n" for i in range(10)))
+    elif kind == "json":
+        file.write_text(json.dumps(talks))
+    elif kind == "jsonl":
+        file.write_text("\n\n".join(map(json.dumps, talks)))
+    else:
+        return pack(folder, {f"{i}.json": json.dumps(t).encode() for i, t in enumerate(talks)}, kind)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet", "tar", "tar.gz"])
+def test_any_share_of_the_rows(folder: Path, kind: str) -> None:
+    file = ten_rows(folder, kind)
+    whole = list(read(file))
+    assert [n for n, _ in whole] == list(range(10)) and {r.id for _, r in whole} == {str(i) for i in range(10)}
+    for mine in (lambda n: n % 3 == 1, lambda n: n > 7, lambda n: False):
+        part, share = read(file, mine=mine), []
+        while True:
+            try:
+                share.append(next(part))
+            except StopIteration as end:
+                assert end.value == 10  # all rows are counted
+                break
+        assert share == [(n, r) for n, r in whole if mine(n)]
+
+
+def test_parquet_row_groups_of_others_are_not_read(folder: Path) -> None:
+    file = ten_rows(folder, "parquet")
+    raw = file.read_bytes()
+    assert raw.count(b"q5") == 1
+    file.write_bytes(raw.replace(b"q5", b"Q5"))
+    assert len(rows(file, mine=lambda n: n < 4 or n > 7)) == 6
+    with pytest.raises(UserError, match=r"not a readable Parquet file: .*CRC checksum verification"):
+        rows(file, mine=lambda n: n == 4)
+
+
+def test_hostile_members_of_a_webdataset(folder: Path) -> None:
+    a = tiny_images(1)[0]
+    plain = tarfile.TarInfo
+    file = folder / "w.tar"
+    file.write_bytes(
+        tar_bytes(
+            (plain("good.jpg"), a),
+            (plain("good.txt"), b"fine"),
+            (plain("../up.jpg"), a),
+            (plain("../up.txt"), b"text"),
+            (plain("/root.jpg"), a),
+            (plain("/root.txt"), b"text"),
+            (odd("soft.jpg", tarfile.SYMTYPE, "/etc/passwd"), b""),
+            (plain("soft.txt"), b"text"),
+            (odd("dev.jpg", tarfile.CHRTYPE), b""),
+            (plain("dev.txt"), b"text"),
+            (plain("twice.jpg"), a),
+            (plain("twice.jpg"), tiny_images(2)[1]),
+            (plain("twice.txt"), b"text"),
+            (plain("list.json"), b"[1]"),
+            (plain("code.pyd"), b"cos\nsystem\n"),
+            (odd("folder", tarfile.DIRTYPE), b""),
+            (plain("last.jpg"), a),
+            (plain("last.txt"), b"fine"),
+        )
+    )
+    found = rows(file, map=load_map("webdataset"))
+    assert [getattr(r, "reason", r.id) for r in found] == [
+        "good",
+        "unsafe name in the archive",
+        "unsafe name in the archive",
+        "archive member is not a plain file",
+        "archive member is not a plain file",
+        "two archive members of one name",
+        "broken json",
+        "unknown row shape",
+        "last",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "damage"), [(kind, d) for kind, all_ in DAMAGE.items() if kind != "zip" for d in all_])
+def test_a_damaged_webdataset_is_one_error(folder: Path, kind: str, damage: Any) -> None:
+    file = pack(folder, {f"{k}.{e}": d for k, data in enumerate(tiny_images(9)) for e, d in (("jpg", data), ("txt", b"t"))}, kind)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=r"pictures\.\S+: cannot be read (after row \d|from its first row) on: "):
+        rows(file, map=load_map("webdataset"))
+
+
+@pytest.mark.parametrize("size", [-512, -10240, 1 << 40])
+def test_a_tar_that_lies_about_sizes_ends(folder: Path, size: int) -> None:
+    info = tarfile.TarInfo("a.txt")
+    info.size = size
+    for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE):
+        info.type = kind
+        head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        file = folder / "w.tar"
+        file.write_bytes(tar_bytes((tarfile.TarInfo("0.txt"), b"x" * 600))[:1536] + bytes(head) + bytes(20 * 512))
+        with pytest.raises(UserError, match=r"cannot be read (after row 0|from its first row) on"):
+            rows(file)
+
+
+def test_a_folder_of_dicom_files(folder: Path) -> None:
+    pydicom_data = pytest.importorskip("pydicom.data")
+    scans = folder / "scans"
+    (scans / "deep").mkdir(parents=True)
+    for name, to in (("CT_small.dcm", "b.dcm"), ("MR_small.dcm", "deep/without_suffix")):
+        (scans / to).write_bytes(Path(pydicom_data.get_testdata_file(name)).read_bytes())
+    (scans / "notes.txt").write_text("not a picture")
+    (scans / "out.dcm").symlink_to(folder / "secret.jpg")
+    assert inputs_of(scans) == [scans] == inputs_of(scans, load_map("dicom"))
+    (scans / "labels.csv").write_text("id,question,answer\n")
+    assert inputs_of(scans) == [scans / "labels.csv"] and inputs_of(scans, load_map("dicom")) == [scans]
+    found = rows(scans, map=load_map("dicom"))
+    assert [(r.id, getattr(r, "reason", None)) for r in found] == [
+        ("scans:b.dcm#0", None),
+        ("scans:deep/without_suffix#0", None),
+        ("scans:labels.csv", "neither DICOM nor NIfTI"),
+        ("scans:notes.txt", "neither DICOM nor NIfTI"),
+        ("scans:out.dcm", "image path leaves the folder"),
+    ]
+    record = found[0]
+    assert isinstance(record, Record) and record.source == "scans" and record.meta["modality"] == "CT"
+    assert isinstance(found[1], Record) and [t.text for t in found[1].turns] == ["<image>\nWhich modality is this image?", "MR"]
+    gate = Gate(DeidPolicy())
+    assert image_files.load(record.images[0], record.source, gate).startswith(b"\x89PNG") and gate.counts
+    assert rows(scans, map=load_map("dicom"), mine=lambda n: n == 2) == found[2:3]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_nifti_volumes(folder: Path, suffix: str) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    import numpy as np
+
+    voxels = np.random.default_rng(0).integers(0, 1000, (20, 24, 16)).astype(np.int16)
+    file = folder / f"brain{suffix}"
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), file)
+    assert inputs_of(file) == [file]
+    found = rows(file, map=load_map("nifti"))
+    assert len(found) == 60 and all(isinstance(r, Record) and r.source == "brain" for r in found)
+    record = next(r for r in found if r.id == f"brain{suffix}:brain{suffix}#z3")
+    assert isinstance(record, Record) and record.turns[1].text == "axial"
+    assert image_files.load(record.images[0], "brain").startswith(b"\x89PNG")
+
+
+def test_the_gate_sees_every_record(folder: Path) -> None:
+    file = folder / "t.jsonl"
+    file.write_text('{"id": "1", "question": "q", "answer": "Seen on 12/03/2019."}\n{"id": "2", "question": "q", "answer": "Clear."}')
+    gate = Gate(DeidPolicy())
+    assert [type(r) for r in rows(file, gate=gate)] == [Reject, Record] and sum(gate.counts.values()) == 2

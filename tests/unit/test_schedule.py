@@ -28,6 +28,10 @@ class MemoryShard:
     def document(self, i):
         return self.documents[i]
 
+    def runs(self, i):
+        pieces = self.documents[i].pieces
+        return np.array([len(p.ids) or 1 for p in pieces], np.int32), np.array([p.mode for p in pieces], np.int8)
+
     def image(self, number):
         return self.encoded[number]
 
@@ -83,7 +87,7 @@ def test_every_document_is_in_a_row_or_rejected(n, seed, rows, max_images, overl
         return
     seen = []
     for p in schedule.phases:
-        assert p.lost == 0 and p.lower_bound <= p.rows and 0 < p.fill <= 1
+        assert p.lost == 0 and p.bound.rows <= p.rows and 0 < p.fill <= 1
         assert p.steps == -(-p.rows // rows)
         seen += [r.document for r in p.rejected]
         for number in range(p.rows):

@@ -9,13 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 IMAGE_MARK = "<image>"
 
 Role = Literal["system", "user", "assistant"]
-ImageRef = bytes | Path
+
+
+class BadRow(Exception):
+    """args (reason, detail): the Reject that a row comes to."""
+
+
+class BadImage(BadRow):
+    """args (reason, detail): an image that cannot be had, or not be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where an encoded image lies; images.py knows how it is read."""
+
+    root: str
+    """A folder or an archive."""
+    name: str
+    """The file in the folder, the member of the archive."""
+    fragment: str = ""
+    """A DICOM frame or a NIfTI slice inside the file."""
+
+    @property
+    def label(self) -> str:
+        """Its name, the same on every machine."""
+        return f"{self.name}{'#' if self.fragment else ''}{self.fragment}"
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.label}"
+
+
+ImageRef = bytes | Stored
 """The encoded file (JPEG, PNG, ...) or where it lies."""
 
 
@@ -43,6 +72,11 @@ class Reject:
     """A short category, the same words for the same fault."""
     detail: str = ""
     source: str = ""
+
+
+def printable(text: str) -> str:
+    """Ids, names and details end up in logs and terminals: no control characters, no lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def marks(turns: Sequence[Turn]) -> int:

@@ -1,0 +1,272 @@
+"""The de-identification gate, closed by default: what may become training data, and a count of every decision.
+
+**Pixels.** A DICOM file is refused when its header says that text is burned in (BurnedInAnnotation YES), or does not say NO while the file
+is of a kind that usually has text burned in: `BURNS_TEXT`, secondary captures, digitised film or video, screen saves, labels. DICOM PS3.15
+E.3.1 (Clean Pixel Data Option) holds burned-in text for the habit of some modalities ("CT images do not normally contain such burned in
+annotation, whereas Ultrasound images routinely do"); the rules on ImageType follow the filter that RSNA's CTP and pydicom's `deid` use.
+A source that somebody has looked at is allowed by name. A face or another RecognizableVisualFeatures YES is never allowed.
+
+**Text.** Regular expressions of bounded length (linear time) for those of the 18 identifiers of HIPAA's Safe Harbor, 45 CFR 164.514(b)(2),
+that have a recognisable form: dates finer than a year, ages over 89, record and accession numbers, names after a title or label, phone and
+fax numbers, e-mail and street addresses, social security numbers. A bare name ("Smith was seen") has none and is not found: this gate is a
+net under curated data, not a licence to feed raw reports. English, plus Chinese dates.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megatron_infimed.intake.records import BadImage, Record, Reject, Turn
+
+BURNS_TEXT = frozenset(
+    {
+        *("US", "IVUS", "BDUS"),  # the scanner writes name, date and institution above the fan
+        *("SC", "OT", "DOC", "HC"),  # captured screens, scanned or printed documents, and whatever nobody classified
+        "RG",  # film, with the patient's label exposed on it
+        *("ES", "GM", "XC", "OP"),  # visible light through a video processor that overlays the patient's line
+        "SM",  # slides are scanned with their label; a conforming file must say YES or NO (type 1 there), so only others are held up
+        "BMD",  # bone densitometry leaves as a page of report
+        "",  # no modality at all
+    }
+)
+"""Modalities refused unless BurnedInAnnotation says NO. CT, MR, PT, NM, CR, DX, MG, XA, RF draw their annotations as overlays."""
+_CAPTURED = frozenset(
+    ("DV", "DI", "DF", "SD", "SI")
+)  # ConversionType: digitised video or film, scanned document or image, digital interface
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame children
+_IMAGE_TYPE = re.compile(r"SECONDARY|SCREEN|SAVE|CAPTURE|REPORT|DOSE|DEMOGRAPHIC|LABEL|OVERVIEW")
+
+
+@dataclass(frozen=True)
+class DeidPolicy:
+    text: Literal["reject", "redact", "flag", "off"] = "reject"
+    """A record with identifying text is rejected; or has the passages replaced by "[date]" and the like; or is kept with `meta["phi"]`, the
+    kinds found; "off" does not look."""
+    allow_burned_in: tuple[str, ...] = ()
+    """Sources whose images may have text burned in, because somebody checked it."""
+
+
+class Gate:
+    """Judges records and DICOM headers, and counts what it decided in `counts`. Safe to share between threads."""
+
+    def __init__(self, policy: DeidPolicy) -> None:
+        self.policy = policy
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def record(self, record: Record) -> Record | Reject:
+        """The record as it may be used. A Reject names kinds and turns (from 0), never the text."""
+        if self.policy.text == "off":
+            self._count("text: not looked at")
+            return record
+        found = [find(turn.text) for turn in record.turns]
+        kinds = sorted({kind for spans in found for _, _, kind in spans})
+        if not kinds:
+            self._count("text: clean")
+            return record
+        self._count(*(f"text {kind}: {_DONE[self.policy.text]}" for kind in kinds))
+        if self.policy.text == "flag":
+            return replace(record, meta={**record.meta, "phi": kinds})
+        if self.policy.text == "redact":
+            return replace(record, turns=tuple(Turn(t.role, _redact(t.text, spans)) for t, spans in zip(record.turns, found, strict=True)))
+        where = (f"{kind} in turn {k}" for k, spans in enumerate(found) for kind in sorted({kind for _, _, kind in spans}))
+        return Reject(record.id, "identifying text", ", ".join(where)[:200], record.source)
+
+    def dicom(self, header: Any, source: str) -> None:
+        """Judges a DICOM header: anything with `get(keyword)`.
+
+        Raises:
+            BadImage: its pixels may identify the patient.
+        """
+        if _code(header, "RecognizableVisualFeatures") == "YES":
+            self._count("dicom recognizable visual features: rejected")
+            raise BadImage("recognizable visual features", "RecognizableVisualFeatures is YES")
+        doubt = _burned_in(header)
+        if doubt is None:
+            self._count("dicom: pixels only")
+            return
+        reason, why = doubt
+        allowed = source in self.policy.allow_burned_in
+        self._count(f"dicom {reason}: {'allowed by name' if allowed else 'rejected'}")
+        if not allowed:
+            raise BadImage(reason, f"{why}; if the images of {source!r} are known to be clean, name it in allow_burned_in")
+
+    def _count(self, *decisions: str) -> None:
+        with self._lock:
+            self.counts.update(decisions)
+
+
+def find(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, kind) of what looks identifying, in order and not overlapping; the earlier kind of `DETECTORS` wins."""
+    found: list[tuple[int, int, str]] = []
+    taken = bytearray(len(text))
+    for kind, pattern in DETECTORS:
+        for match in pattern.finditer(text):
+            start, end = match.span("it") if "it" in pattern.groupindex else match.span()
+            if not any(taken[start:end]):
+                taken[start:end] = b"\1" * (end - start)
+                found.append((start, end, kind))
+    return sorted(found)
+
+
+def _redact(text: str, spans: list[tuple[int, int, str]]) -> str:
+    return "".join(_pieces(text, spans))
+
+
+def _pieces(text: str, spans: list[tuple[int, int, str]]) -> Iterator[str]:
+    at = 0
+    for start, end, kind in spans:
+        yield text[at:start] + f"[{kind}]"
+        at = end
+    yield text[at:]
+
+
+_DONE = {"reject": "rejected", "redact": "redacted", "flag": "flagged"}
+
+
+def _code(header: Any, keyword: str) -> str:
+    return str(header.get(keyword) or "").strip().upper()
+
+
+def _burned_in(header: Any) -> tuple[str, str] | None:
+    """(reason, which field says so) when text may be burned into the pixels."""
+    said = _code(header, "BurnedInAnnotation")
+    if said == "NO":
+        return None
+    if said == "YES":
+        return "burned-in annotation", "BurnedInAnnotation is YES"
+    if _code(header, "Modality") in BURNS_TEXT:
+        return "modality may burn in text", "its Modality usually does and BurnedInAnnotation is not NO"
+    if str(header.get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE):
+        return "modality may burn in text", "a secondary capture, and BurnedInAnnotation is not NO"
+    if _code(header, "ConversionType") in _CAPTURED:
+        return "modality may burn in text", "ConversionType says captured or scanned, and BurnedInAnnotation is not NO"
+    if _IMAGE_TYPE.search(str(header.get("ImageType") or "").upper()):
+        return "modality may burn in text", "ImageType says derived from a screen or an earlier image, and BurnedInAnnotation is not NO"
+    return None
+
+
+# --- text ---------------------------------------------------------------------------------------------------------------------------
+# Every repetition is bounded, so a text of n characters costs O(n). S: a small gap. The group `it`, where there is one, is what is hidden.
+
+_S = r"[ \t]{0,3}"
+_MONTH = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
+    r"sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_Month = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|March|Apr(?:il)?|June?|July?|Aug(?:ust)?|Sept(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\.?"
+)
+_YEAR = r"(?:19|20)\d\d(?!\d)"
+_D, _M = r"(?:3[01]|[12]\d|0?[1-9])", r"(?:1[0-2]|0?[1-9])"
+_DAY = rf"{_D}(?:st|nd|rd|th)?"
+_UNIT = (
+    r"(?![ -]?(?:mm|cm|m|ml|cc|mg|g|kg|%|Gy|HU|of|x|×|years?|months?|weeks?|days?|hours?|patients?|cases?|slices?|images?|views?)\b)"
+    r"(?![\d.,/]\d)"
+)
+_EXAM = (
+    r"\b(?:stud(?:y|ies)|exam(?:ination)?s?|radiographs?|x-?rays?|CXR|CT|MRI?|films?|scans?|mammograms?|ultrasound|comparison|biopsy|"
+    r"surgery|performed|admitted|discharged|seen|obtained|born)"
+)
+_DATES_FROM_A_DIGIT = (
+    rf"(?<![\d.-])(?:19|20)\d\d(?P<iso>[-/.]){_M}(?P=iso){_D}(?!\d)",
+    rf"(?<![\d./-])(?:{_D}(?P<s1>[-/.]){_M}(?P=s1)|{_M}(?P<s2>[-/.]){_D}(?P=s2)){_YEAR}(?![.-]\d)",
+    rf"(?<![\d./-])(?:{_D}/{_M}|{_M}/{_D})/\d\d(?![\d/]){_UNIT}",
+    rf"(?<![\d./-])(?:(?:[0-2]\d|3[01])-(?:0\d|1[0-2])|(?:0\d|1[0-2])-(?:[0-2]\d|3[01]))-\d\d(?![\d-]){_UNIT}",
+    rf"(?i:(?<![\d.]){_DAY}(?:[ \t-]{{1,3}}|[ \t]of[ \t])?{_MONTH},?[ \t-]{{0,3}}(?:{_YEAR}|'\d\d\b))",
+    rf"(?<![\d.]){_DAY}(?:[ \t]of)?[ \t]{_Month}(?![A-Za-z]|[ \t]fracture)",
+    rf"(?<![\d./-])(?:0[1-9]|1[0-2])/{_YEAR}",
+    r"(?<!\d)(?:19|20)\d\d年[01]?\d月(?:[0-3]?\d日)?",
+)
+_DATES_FROM_A_MONTH = (
+    rf"\b(?i:{_MONTH}[ \t-]{{1,3}}{_DAY},?[ \t-]{{1,3}}{_YEAR})",
+    rf"\b{_Month}[ \t]{_DAY}\b{_UNIT}",
+    rf"\b(?i:(?!may\b){_MONTH}(?:[ \t]of)?,?[ \t-]{{1,3}}{_YEAR})",
+    rf"\b(?:May|MAY)(?:[ \t]of)?,?[ \t-]{{1,3}}{_YEAR}",
+)
+_LABELLED_DATES = (
+    rf"(?:(?i:{_EXAM}(?::|[ \t](?:on|of|from|dated|since))|\b(?:dated?|DOB|(?:re)?admitted|discharged):?)[ \t])(?P<it>{_M}/{_D}(?!\d)){_UNIT}",
+    r"(?i:\b(?:dated?|dob|born|on)\b:?[ \t])(?P<it>(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?!\d))",
+)
+
+_NUMBER = rf"{_S}(?:number|num|no|nr|id|identifier|#)?\.?{_S}(?:is[ \t]|[:#=])?{_S}"
+_RECORD_NUMBERS = (
+    r"(?i:\b(?:mrn|uhid|medical record|hospital record|hosp(?:ital)?[ \t](?=n|id|#)|patient|health card|health plan|insurance|nhs|"
+    r"account|encounter|episode|chart|"
+    rf"case file|subject){_NUMBER})"
+    r"(?P<it>(?![-/ ]?(?:19|20)\d\d-(?:19|20)?\d\d\b)[A-Z]{0,4}[-/ ]?\d[\d-]{3,18}\d)(?![\d.,]\d|[ \t]?%)",
+    rf"(?i:\b(?<!genbank )(?<!geo )(?<!embl )(?:accession|specimen|requisition|order|report){_NUMBER})"
+    r"(?P<it>(?!GSE|[NX][MRP]_|[A-Z]{2}\d{6}\b)[A-Z]{0,4}[-/]?\d{0,4}[-/]?\d{4,12}(?:-\d{1,6})?)(?![\d.,]\d|[ \t]?%)(?!-?[A-Za-z])",
+    r"\b(?:S|SP|SU|SS|SC|CY|NG|NP|C|F|H|B)-?(?:\d\d|20\d\d)-\d{3,6}\b",
+)
+
+_UP = "A-ZÀ-ÖØ-ÞĀĂĄĆČĎĐĒĘĚĞĢĪĮİĶĹĽŁŃŅŇŌŐŒŔŘŚŞŠŢŤŪŮŰŲŹŻŽ"
+_LOW = "a-zß-öø-ÿāăąćčďđēęěğģīįıķĺľłńņňōőœŕřśşšţťūůűųźżž"
+_NOT_A_NAME = (
+    r"(?!(?i:images?|imag\w{1,9}|angio\w{0,9}|spectro\w{0,9}|veno\w{0,9}|entero\w{0,9}|cholangio\w{0,20}|scans?|chest|findings?|impression|comparison|technique|"
+    r"indication|history|conclusion|exam\w{0,9}|report|no|the|there|this|brain|abdomen|pelvis|spine|system|detector|anonym\w{0,5}|redacted|unknown|withheld|removed|"
+    r"de-?identified|none|not|n/a|male|female|age|sex|date|id|rate|view|views|sequences?|protocol|elastography|arthro\w{0,6}|uro\w{0,6}|perfusion|diffusion|lesions?)\b)"
+)
+_WORD = rf"(?=[{_UP}]){_NOT_A_NAME}[{_UP}][{_LOW}]{{0,3}}(?:['’-]?[{_UP}]?[{_LOW}]{{1,15}}){{1,3}}"
+_CAPS = rf"(?=[{_UP}]){_NOT_A_NAME}[{_UP}]{{2}}[{_UP}'’-]{{0,20}}"
+_INITIALS = rf"(?:[{_UP}](?:\.|(?=[ \t]))[ \t]?){{0,3}}"
+_PARTICLE = r"(?:(?:van|von|de|der|den|del|della|da|dos|di|la|le|bin|al|el)[ \t-]){0,3}"
+_NAME = rf"{_INITIALS}{_PARTICLE}{_WORD}(?:[ \t](?:[{_UP}]\.[ \t])?{_PARTICLE}{_WORD}){{0,2}}"
+_FULL = rf"(?:{_NAME},?(?:[ \t]{_WORD})?|{_CAPS},?[ \t]{_CAPS}(?:[ \t][{_UP}]\b)?|{_CAPS},?[ \t]{_WORD})"
+_NAMES = (
+    rf"(?<![\w-])(?:(?:Drs?|Prof|Mrs?|Ms)\.?|Doctor|Professor|Miss|Mister|Sir)[ \t]{{1,3}}(?:Dr\.?[ \t])?(?P<it>{_NAME}|{_CAPS}(?![\w-]))",
+    rf"(?<![\w-])(?:DR|PROF|MRS)\.?[ \t]{{1,3}}(?P<it>{_CAPS}(?:[ \t](?!AT\b|ON\b|BY\b|TO\b|IN\b|AND\b|WHO\b|WAS\b|HAS\b|FOR\b){_CAPS})?)(?![\w:-])",
+    r"(?i:\b(?:patient(?:'s|’s)?[ \t]name|name of(?: the)? patient|(?:sur|last |first |family |given )name|"
+    r"referring (?:physician|doctor|clinician)|attending(?: physician)?|ordering (?:physician|provider)|radiologist|pathologist|"
+    rf"technologist|physician|surgeon|next of kin){_S}(?:[:=]|is[ \t]){_S})(?P<it>{_FULL}|{_CAPS})",
+    r"(?i:\b(?:signed|dictated|reported|transcribed|interpreted|verified|approved|referred|read|reviewed|seen|requested|authenticated)"
+    rf"(?: electronically)? by:?[ \t])(?P<it>{_WORD},?[ \t](?:[{_UP}]\.?[ \t])?{_WORD}|{_CAPS},?[ \t]{_CAPS})"
+    rf"(?=,?{_S}(?:M\.?D|D\.?O|MBBS|FRCR|Ph\.?D)\b|{_S}(?:[.;\n]|\Z|on\b|at\b))",
+    rf"(?m:^{_S}(?i:patient|pt|name){_S}:{_S}"
+    rf"(?P<it>{_CAPS},[ \t]?{_CAPS}|{_WORD},[ \t]?{_WORD}|{_WORD}[ \t](?:[{_UP}]\.?[ \t])?{_WORD}[ \t]{{0,3}}$))",
+    rf"\b(?P<it>[{_UP}][{_LOW}]{{1,20}}[ \t](?:[{_UP}]\.?[ \t])?[{_UP}][\w'’-]{{1,20}}),?[ \t](?:M\.D\.|D\.O\.|MBBS|FRCR|FRCPath)(?!\w)",
+    rf"\b(?P<it>[{_UP}]{{2,20}}\^[{_UP}]{{1,20}})",
+)
+
+_PHONES = (
+    r"(?<![\d.-])(?:\+?1[-. ]?)?(?:\([2-9]\d\d\)[ ]?|[2-9]\d\d[-.])[2-9]\d\d[-. ]\d{4}(?![\d-])",
+    r"\+(?=(?:[ ()-]{0,2}\d){9,15}(?!\d))\d{1,3}(?:[ ()-]{0,2}\d{1,5}){2,6}",
+    r"(?<![\d.])0\d{2,4}[ -]\d{3,4}[ -]\d{3,4}(?![\d-])",
+    rf"(?i:\b(?:tele?(?:phone)?|phone|fax|pager|beeper|mobile|hotline|ext(?:ension)?)\.?{_S}(?:number|no|#)?\.?{_S}:?{_S})"
+    r"(?P<it>\(?\d(?:[ ().-]{0,2}\d){4,14})(?![\d.]?\d|[ \t]?%)",
+)
+_EMAIL = r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,5}"
+_STREET = (
+    r"(?:Street|Avenue|Road|Boulevard|Lane|Drive|Court|Place|Terrace|Square|Highway|Parkway|(?:St|Ave|Rd|Blvd|Ln|Hwy|Pkwy)\b\.?|Dr\.|Ct\.)"
+)
+_STATE = r"(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|T[NX]|UT|V[AT]|W[AIVY])"
+_ADDRESSES = (
+    rf"(?<![\d.,/-])\d{{1,5}}[A-Za-z]?,?[ \t](?:[NSEW]\.?[ \t])?(?:[A-Z][a-z]{{1,20}}[ \t]|\d{{1,3}}(?:st|nd|rd|th)[ \t]){{1,3}}{_STREET}(?!\w)",
+    rf"\b[A-Z][a-z]{{2,20}}(?:[ \t][A-Z][a-z]{{2,20}})?,?[ \t]{_STATE}[ \t]\d{{5}}(?:-\d{{4}})?(?!\d)",
+    rf"(?i:\bP\.?{_S}O\.?{_S}Box[ \t]\d{{1,6}})",
+    rf"(?i:\bzip(?:[ \t]?code)?{_S}:?{_S})(?P<it>\d{{5}}(?:-\d{{4}})?)(?!\d)",
+)
+_SSN = r"(?<![\d.-])(?!000|666|9\d\d)\d{3}-\d\d-\d{4}(?![\d-])"
+_AGES = (
+    r"(?<![\d.,-])(?P<it>9\d|1[01]\d)(?=[- ]{0,2}(?:years?|yrs?|y)[- ./]{0,2}(?:olds?|o\b|of age))",
+    r"(?i:\b(?:aged?|age:)[ \t])(?P<it>9\d|1[01]\d)\b(?![-/.]\d|[ \t]?%|[- ](?:days?|weeks?|months?|hours?)\b)",
+)
+
+DETECTORS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("e-mail", re.compile(_EMAIL)),
+    *(("record number", re.compile(p)) for p in _RECORD_NUMBERS),
+    ("social security number", re.compile(_SSN)),
+    *(("phone", re.compile(p)) for p in _PHONES),
+    *(("address", re.compile(p)) for p in _ADDRESSES),
+    ("date", re.compile(rf"(?=\d)(?:{'|'.join(_DATES_FROM_A_DIGIT)})")),  # what each must begin with, first: it is seven times faster
+    ("date", re.compile(rf"\b(?=[ADFJMNOSadfjmnos])(?:{'|'.join(_DATES_FROM_A_MONTH)})")),
+    *(("date", re.compile(p)) for p in _LABELLED_DATES),
+    *(("name", re.compile(p)) for p in _NAMES),
+    *(("age over 89", re.compile(p)) for p in _AGES),
+)
+"""(kind, pattern), from the most to the least specific."""
