@@ -25,7 +25,7 @@ from megatron_infimed.data.safe_files import HashedFile, lock, sync_folder
 from megatron_infimed.data.shards import (
     CONTEXT,
     DATA_FILES,
-    DOC,
+    DOC_FIELDS,
     DTYPE_CODE,
     FORMAT,
     HEADER,
@@ -101,26 +101,26 @@ class ShardWriter:
             segments: as `chat.encode` gives them.
             images: number (from `add_image`) of the record's k-th image.
         """
-        values, lengths, modes, count = array("i"), array("i"), bytearray(), Counter[str]()
+        values, lengths, modes, count = array("i"), array("i"), bytearray(), [0, 0, 0]
         for kind, value in segments:
-            ids = [images[value]] if kind == "image" else value
+            ids, mode = [images[value]] if kind == "image" else value, _MODES[kind]
             values.extend(ids)
             lengths.append(len(ids))
-            modes.append(_MODES[kind])
-            count[kind] += len(ids)
+            modes.append(mode)
+            count[mode] += len(ids)
         if not lengths:
             raise ValueError(f"document {id!r} is empty")
         text, ids_file = values.tobytes(), self._files["ids.jsonl"]
-        line = json.dumps({"id": id, "source": source}).encode() + b"\n"
-        crc = document_crc(text, lengths.tobytes(), bytes(modes), line)
-        tokens = count["context"] + count["target"]
-        self._files["docs"].write(np.array((tokens, count["image"], crc, ids_file.bytes), DOC).tobytes())
+        line = f'{{"id": {json.dumps(id)}, "source": {json.dumps(source)}}}\n'.encode()
+        crc = document_crc(text, lengths.tobytes(), modes, line)
+        tokens = count[CONTEXT] + count[TARGET]
+        self._files["docs"].write(DOC_FIELDS.pack(tokens, count[IMAGE], crc, ids_file.bytes))
         self._files["text.bin"].write(text)
         ids_file.write(line)
         self._lengths.extend(lengths)
         self._modes += modes
         self._ends.append(len(self._lengths))
-        self.tally.add(source, tokens, count["target"], count["image"])
+        self.tally.add(source, tokens, count[TARGET], count[IMAGE])
 
     def add_reject(self, reject: Reject) -> None:
         self.tally.reject(reject)

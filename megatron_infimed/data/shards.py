@@ -36,6 +36,7 @@ UNHASHED = "image.bin"
 """Its content is held by image.sha256, which is hashed."""
 DOC = np.dtype([("text_tokens", "<i4"), ("images", "<i4"), ("crc32", "<u4"), ("id_offset", "<i8")])
 """crc32: `document_crc` of the document; id_offset: byte of its line in ids.jsonl."""
+DOC_FIELDS = struct.Struct("<iiIq")  # the same, for writing one
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, dtype code, sequences, documents + 1
 DTYPE_CODE = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}
@@ -47,7 +48,7 @@ def shard_file(prefix: str | Path, name: str) -> Path:
     return Path(f"{prefix}.{name}")
 
 
-def document_crc(text: bytes | memoryview, lengths: bytes, modes: bytes, line: bytes) -> int:
+def document_crc(text: bytes | memoryview, lengths: bytes, modes: bytes | bytearray, line: bytes) -> int:
     """CRC-32 of all that a document is: its part of text.bin, its lengths (int32) and modes (int8) in text.idx, its line in ids.jsonl."""
     return zlib.crc32(line, zlib.crc32(modes, zlib.crc32(lengths, zlib.crc32(text))))
 
@@ -204,8 +205,8 @@ class Shard:
         text = self._text
         a, b = int(text.ends[i]), int(text.ends[i + 1])
         lengths = text.lengths[a:b]
-        values = np.frombuffer(bytearray(text.read(int(text.pointers[a]), 4 * int(lengths.sum()))), np.int32)
-        return Document(values, np.repeat(text.modes[a:b], lengths))
+        values = np.frombuffer(bytearray(text.read(int(text.pointers[a]), 4 * sum(lengths.tolist()))), np.int32)
+        return Document(values, text.modes[a:b].repeat(lengths))
 
     def runs(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(lengths int32 [s], modes int8 [s]) of a document's runs of one mode, from the index alone; an image is a run of length 1."""

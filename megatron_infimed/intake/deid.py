@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -104,13 +104,16 @@ class Gate:
 def find(text: str) -> list[tuple[int, int, str]]:
     """(start, end, kind) of what looks identifying, in order and not overlapping; the earlier kind of `DETECTORS` wins."""
     found: list[tuple[int, int, str]] = []
-    taken = bytearray(len(text))
-    for kind, pattern in DETECTORS:
-        for match in pattern.finditer(text):
-            start, end = match.span("it") if "it" in pattern.groupindex else match.span()
+    taken, folded = bytearray(len(text)), text.casefold()
+    longest = max(map(len, _DIGITS.findall(text)), default=0)
+    for detector in DETECTORS:
+        if not detector.can_match(folded, longest):
+            continue
+        for match in detector.pattern.finditer(text):
+            start, end = match.span("it") if "it" in detector.pattern.groupindex else match.span()
             if not any(taken[start:end]):
                 taken[start:end] = b"\1" * (end - start)
-                found.append((start, end, kind))
+                found.append((start, end, detector.kind))
     return sorted(found)
 
 
@@ -154,6 +157,7 @@ def _burned_in(header: Any) -> tuple[str, str] | None:
 # --- text ---------------------------------------------------------------------------------------------------------------------------
 # Every repetition is bounded, so a text of n characters costs O(n). S: a small gap. The group `it`, where there is one, is what is hidden.
 
+_DIGITS = re.compile(r"\d+")
 _S = r"[ \t]{0,3}"
 _MONTH = (
     r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
@@ -257,16 +261,75 @@ _AGES = (
     r"(?i:\b(?:aged?|age:)[ \t])(?P<it>9\d|1[01]\d)\b(?![-/.]\d|[ \t]?%|[- ](?:days?|weeks?|months?|hours?)\b)",
 )
 
-DETECTORS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("e-mail", re.compile(_EMAIL)),
-    *(("record number", re.compile(p)) for p in _RECORD_NUMBERS),
-    ("social security number", re.compile(_SSN)),
-    *(("phone", re.compile(p)) for p in _PHONES),
-    *(("address", re.compile(p)) for p in _ADDRESSES),
-    ("date", re.compile(rf"(?=\d)(?:{'|'.join(_DATES_FROM_A_DIGIT)})")),  # what each must begin with, first: it is seven times faster
-    ("date", re.compile(rf"\b(?=[ADFJMNOSadfjmnos])(?:{'|'.join(_DATES_FROM_A_MONTH)})")),
-    *(("date", re.compile(p)) for p in _LABELLED_DATES),
-    *(("name", re.compile(p)) for p in _NAMES),
-    *(("age over 89", re.compile(p)) for p in _AGES),
+
+@dataclass(frozen=True)
+class Detector:
+    """A pattern, and what a text must have for it to match at all: looking for that first is what makes the gate fast."""
+
+    kind: str
+    pattern: re.Pattern[str]
+    digits: int = 0
+    """A run of so many digits."""
+    words: tuple[str, ...] = ()
+    """One of these, case ignored."""
+
+    def can_match(self, folded: str, longest: int) -> bool:
+        return longest >= self.digits and (not self.words or any(w in folded for w in self.words))
+
+
+_RECORD_WORDS = (
+    *("mrn", "uhid", "record", "hosp", "patient", "health", "insurance", "nhs", "account", "encounter", "episode", "chart"),
+    *("case file", "subject"),
+)
+_TITLES = ("dr", "doctor", "prof", "mr", "ms", "miss", "mister", "sir")
+_LABELS = (
+    "name",
+    "physician",
+    "doctor",
+    "clinician",
+    "attending",
+    "provider",
+    "radiologist",
+    "pathologist",
+    "technologist",
+    "surgeon",
+    "kin",
+)
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_PHONE_WORDS = ("tel", "phone", "fax", "pager", "beeper", "mobile", "hotline", "ext")
+_NEEDS: tuple[tuple[str, Sequence[str], Sequence[tuple[int, tuple[str, ...]]]], ...] = (  # kind, patterns, (digits, words) of each
+    ("e-mail", (_EMAIL,), ((0, ("@",)),)),
+    ("record number", _RECORD_NUMBERS, ((1, _RECORD_WORDS), (4, ("accession", "specimen", "requisition", "order", "report")), (3, ("-",)))),
+    ("social security number", (_SSN,), ((4, ("-",)),)),
+    ("phone", _PHONES, ((4, ()), (1, ("+",)), (3, ()), (1, _PHONE_WORDS))),
+    ("address", _ADDRESSES, ((1, ()), (5, ()), (1, ("box",)), (5, ("zip",)))),
+    (
+        "date",
+        (  # what each must begin with, first: it is seven times faster
+            rf"(?=\d)(?:{'|'.join(_DATES_FROM_A_DIGIT)})",
+            rf"\b(?=[ADFJMNOSadfjmnos])(?:{'|'.join(_DATES_FROM_A_MONTH)})",
+            *_LABELLED_DATES,
+        ),
+        ((1, ()), (1, _MONTHS), (1, ("/",)), (8, ())),
+    ),
+    (
+        "name",
+        _NAMES,
+        (
+            (0, _TITLES),
+            (0, ("dr", "prof", "mrs")),
+            (0, _LABELS),
+            (0, (" by",)),
+            (0, (":",)),
+            (0, ("m.d.", "d.o.", "mbbs", "frc")),
+            (0, ("^",)),
+        ),
+    ),
+    ("age over 89", _AGES, ((2, ("y",)), (2, ("age",)))),
+)
+DETECTORS = tuple(
+    Detector(kind, re.compile(pattern), *needs)
+    for kind, patterns, all_needs in _NEEDS
+    for pattern, needs in zip(patterns, all_needs, strict=True)
 )
 """(kind, pattern), from the most to the least specific."""
