@@ -114,6 +114,8 @@ class SourceConfig(_Section):
 
     prefix: str
     """Path without suffix: PREFIX.text.bin, PREFIX.image.bin, PREFIX.json."""
+    name: str | None = None
+    """Seeds the order of its documents; null takes the prefix's last part, numbered where two sources share it."""
     weight: float | None = Field(default=None, gt=0)
     """Share of `data.documents` among the weighted sources. Give this or epochs."""
     epochs: float | None = Field(default=None, gt=0)

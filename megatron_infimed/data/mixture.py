@@ -97,7 +97,7 @@ def identities(sources: Sequence[SourceConfig]) -> list[str]:
     seen: Counter[str] = Counter()
     names = []
     for spec in sources:
-        name = Path(spec.prefix).name
+        name = spec.name or Path(spec.prefix).name
         names.append(f"{name}#{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return names

@@ -9,17 +9,21 @@ folder is written aside and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron_infimed.config import Recipe
 from megatron_infimed.data.bound import Bound
@@ -35,12 +39,12 @@ _LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 _TOLD = 60.0  # seconds between two messages of a process that waits
 
 
-def plan_of(recipe: Recipe, shards: Sequence[Shard], *, builds: bool = True, prove_seconds: float | None = None) -> Schedule:
+def plan_of(recipe: Recipe, shards: Sequence[Shard], *, builds: bool = True, prove_seconds: float = 0.0) -> Schedule:
     """The recipe's schedule, from disk if it is there.
 
     Args:
         builds: whether this process makes a missing plan; the others wait for it.
-        prove_seconds: make the plan anew, and spend so long for each phase on proving how good it is.
+        prove_seconds: spent for each phase on proving how good the plan is; a damaged plan is then made again too.
 
     Raises:
         UserError: what `build_schedule` raises; a damaged plan; a folder that cannot be written.
@@ -48,10 +52,10 @@ def plan_of(recipe: Recipe, shards: Sequence[Shard], *, builds: bool = True, pro
     folder = Path(recipe.output) / "plan" / plan_key(recipe, shards)
     if not builds:
         _wait(folder)
-    elif prove_seconds is not None or not (folder / "plan.json").exists():
-        schedule = build_schedule(recipe, shards, prove_seconds or 0.0)
+    elif prove_seconds or not (folder / "plan.json").exists():
+        made = build_schedule(recipe, shards, prove_seconds)
         try:
-            _save(folder, schedule, recipe)
+            _save(folder, made, recipe)
         except OSError as e:
             raise UserError(f"{folder}: the plan cannot be written there ({e.strerror}); choose another output") from None
     return _load(folder)
@@ -68,30 +72,46 @@ def plan_key(recipe: Recipe, shards: Sequence[Shard]) -> str:
     return hashlib.sha256(json.dumps([sources, budgets, phases, recipe.batch.rows], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _save(folder: Path, schedule: Schedule, recipe: Recipe) -> None:
-    aside, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
+def _save(folder: Path, made: Schedule, recipe: Recipe) -> None:
+    """A plan that is there and sound stays, with what is now known of its bounds (they hold for every plan of these documents)."""
+    with contextlib.suppress(UserError):
+        kept = _load(folder)
+        phases = [
+            replace(old, bound=max(old.bound, new.bound, key=lambda b: b.rows)) for old, new in zip(kept.phases, made.phases, strict=True)
+        ]
+        aside = folder / f"plan.json.{os.getpid()}.tmp"
+        aside.write_text(_head(Schedule(phases), recipe))
+        _sync(aside)
+        aside.rename(folder / "plan.json")
+        return
+    aside = folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}.tmp")
+    for left in folder.parent.glob(f"{folder.name}.{platform.node()}.*.tmp"):  # of a process that was killed
+        if left == aside or not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        for phase in schedule.phases:
+        for phase in made.phases:
             for name in _ARRAYS:
                 np.save(aside / f"phase{phase.number}.{name}.npy", getattr(phase, name))
-        head = {
-            "fingerprint": schedule.fingerprint,
-            "capacity": recipe.data.capacity,
-            "max_images": recipe.data.max_images,
-            "phases": [_describe(p, recipe.data.capacity) for p in schedule.phases],
-        }
-        (aside / "plan.json").write_text(json.dumps(head, indent=1))
+        (aside / "plan.json").write_text(_head(made, recipe))
         for path in aside.iterdir():
             _sync(path)
-        if folder.exists():  # the same plan once more, or a damaged one; who has it mapped keeps it
-            folder.rename(old)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         aside.rename(folder)
         _sync(folder.parent)
     finally:
-        for left in (aside, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _head(schedule: Schedule, recipe: Recipe) -> str:
+    data = recipe.data
+    head = {
+        "fingerprint": schedule.fingerprint,
+        "capacity": data.capacity,
+        "max_images": data.max_images,
+        "phases": [_describe(p, data.capacity) for p in schedule.phases],
+    }
+    return json.dumps(head, indent=1)
 
 
 def _sync(path: Path) -> None:
@@ -109,6 +129,7 @@ def _describe(phase: Phase, capacity: int) -> dict[str, Any]:
     return {
         **{name: getattr(phase, name) for name in _PLAIN},
         "documents": len(phase.document),
+        "left_out": sum(r.times for r in phase.rejected),
         "rows": phase.rows,
         "steps": phase.steps,
         "bound": {"rows": phase.bound.rows, "method": phase.bound.method},
@@ -153,9 +174,10 @@ def lines(schedule: Schedule, capacity: int, max_images: int | None) -> list[str
     for p in schedule.phases:
         about = _describe(p, capacity)
         images, limit = p.row_images, f" of at most {max_images}" if max_images is not None else ""
+        asked = len(p.document) + about["left_out"]
         out += [
-            f"phase {p.number}: {p.image_size} px, {p.tokens_per_image} tokens an image: {len(p.document):,} documents in {p.rows:,} rows, "
-            f"{p.steps:,} steps; lost {p.lost}, cut {len(p.cut):,}, left out {len(p.rejected):,}",
+            f"phase {p.number}: {p.image_size} px, {p.tokens_per_image} tokens an image: {len(p.document):,} of {asked:,} documents in "
+            f"{p.rows:,} rows, {p.steps:,} steps; lost {p.lost}, left out {about['left_out']:,}; {len(p.cut):,} were cut to fit",
             f"  fill       {100 * p.fill:.2f} % of {capacity:,} tokens",
             f"  bound      no plan needs fewer than {p.bound.rows:,} rows ({p.bound.method}): "
             f"at most {100 * (1 - p.bound.rows / p.rows):.2f} % could be saved",

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,15 @@ from megatron_infimed.data.shards import (
     UNHASHED,
     VERSION,
     document_crc,
+    manifest_digest,
     shard_file,
 )
 from megatron_infimed.intake.records import Reject
 
 _MODES = {"context": CONTEXT, "target": TARGET, "image": IMAGE}
 _EXAMPLES = 20
+_META_BYTES = 4096
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _COUNTS = ("documents", "text_tokens", "target_tokens", "images")
 
 
@@ -94,12 +97,15 @@ class ShardWriter:
             self._files["image.sha256"].write(digest)
         return number
 
-    def add_document(self, id: str, source: str, segments: Iterable[Segment], images: Sequence[int] = ()) -> None:
+    def add_document(
+        self, id: str, source: str, segments: Iterable[Segment], images: Sequence[int] = (), meta: Mapping[str, Any] = _NOTHING
+    ) -> None:
         """Appends a document.
 
         Args:
             segments: as `chat.encode` gives them.
             images: number (from `add_image`) of the record's k-th image.
+            meta: kept beside its id, as far as 4 KiB go; what is no JSON is kept as its text.
         """
         values, lengths, modes, count = array("i"), array("i"), bytearray(), [0, 0, 0]
         for kind, value in segments:
@@ -111,7 +117,7 @@ class ShardWriter:
         if not lengths:
             raise ValueError(f"document {id!r} is empty")
         text, ids_file = values.tobytes(), self._files["ids.jsonl"]
-        line = f'{{"id": {json.dumps(id)}, "source": {json.dumps(source)}}}\n'.encode()
+        line = f'{{"id": {json.dumps(id)}, "source": {json.dumps(source)}{_meta_part(meta)}}}\n'.encode()
         crc = document_crc(text, lengths.tobytes(), modes, line)
         tokens = count[CONTEXT] + count[TARGET]
         self._files["docs"].write(DOC_FIELDS.pack(tokens, count[IMAGE], crc, ids_file.bytes))
@@ -133,6 +139,28 @@ class ShardWriter:
         write_index(self._files["text.idx"], np.int32, (len(lengths), len(ends)), lambda: [lengths], lambda: [ends], lambda: [modes])
         write_image_index(self._files["image.idx"], image_lengths)
         return publish(self.prefix, self._files, self._about, self.tally, len(image_lengths))
+
+
+def _meta_json(value: Any) -> str:
+    """As JSON; of what JSON cannot hold, the text."""
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False, default=str)
+    except (TypeError, ValueError):  # keys of several types, not a number, a cycle
+        return json.dumps(str(value))
+
+
+def _meta_part(meta: Mapping[str, Any]) -> str:
+    """The members "meta" and, where fields did not fit, "meta_left_out": their number."""
+    parts, left_out, room = [], 0, _META_BYTES
+    for name, value in sorted((str(name), _meta_json(value)) for name, value in meta.items()):
+        part = f"{json.dumps(name)}: {value}"
+        if len(part) + 2 > room:
+            left_out += 1
+            continue
+        parts.append(part)
+        room -= len(part) + 2
+    held = f', "meta": {{{", ".join(parts)}}}' if parts else ""
+    return held + (f', "meta_left_out": {left_out}' if left_out else "")
 
 
 class Tally:
@@ -248,8 +276,3 @@ def publish(prefix: Path, files: Mapping[str, HashedFile], about: dict[str, Any]
     finally:
         head.discard()
     return manifest
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest without its own digest."""
-    return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "digest"}, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,8 @@ def document_crc(text: bytes | memoryview, lengths: bytes, modes: bytes | bytear
 class Index:
     """One .bin/.idx pair, open: lengths int32 [S], pointers int64 [S] (bytes), ends int64 [n+1], modes int8 [S] (text only).
 
-    The arrays are views of the mapped .idx; `read` gives bytes of the .bin.
+    The arrays are views of the mapped .idx; `read` gives bytes of the .bin. `length_at`, `pointer_at` and `end_at` are the same memory for
+    single values: a memoryview gives a Python int in a third of the time.
 
     Raises:
         UserError: a missing, truncated or foreign file.
@@ -79,13 +81,19 @@ class Index:
         if len(raw) != wanted:
             raise UserError(f"{idx}: {len(raw)} bytes, but {n} sequences and {d} document ends need {wanted}: truncated; {AGAIN}")
         self.lengths, self.pointers, self.ends, self.modes = index_parts(raw, n, d)
+        self.length_at = self.lengths.view(np.uint8).data.cast("i")
+        self.pointer_at, self.end_at = (a.view(np.uint8).data.cast("q") for a in (self.pointers, self.ends))
         self.path = bin
-        size = os.fstat(self.handle).st_size
+        size = self.size = os.fstat(self.handle).st_size
         need = int(self.pointers[-1]) + int(self.lengths[-1]) * kind.itemsize if n else 0
         if size != need:
             raise UserError(f"{bin}: {size} bytes, but its index describes {need}: truncated or of another shard; {AGAIN}")
 
     def read(self, pointer: int, count: int) -> bytes:
+        if not 0 <= pointer <= pointer + count <= self.size:
+            raise UserError(
+                f"{self.path}: its index asks for {count} bytes at byte {pointer} of {self.size}: damaged; copy it again or {AGAIN}"
+            )
         return read_at(self.handle, pointer, count, self.path)
 
     def __del__(self) -> None:
@@ -189,12 +197,19 @@ class Shard:
     @cached_property
     def text_lengths(self) -> np.ndarray:
         """int32 [n]: tokens of each document without its images."""
-        return np.ascontiguousarray(self._docs["text_tokens"])
+        return self._column("text_tokens")
 
     @cached_property
     def image_counts(self) -> np.ndarray:
         """int32 [n]: images of each document."""
-        return np.ascontiguousarray(self._docs["images"])
+        return self._column("images")
+
+    def _column(self, name: str) -> np.ndarray:
+        values = np.ascontiguousarray(self._docs[name])
+        if (total := int(values.sum(dtype=np.int64))) != self.manifest[name] or (len(values) and int(values.min()) < 0):
+            path = shard_file(self.prefix, "docs")
+            raise UserError(f"{path}: {total} {name}, the manifest says {self.manifest[name]}: damaged; copy it again or {AGAIN}")
+        return values
 
     def lengths(self, tokens_per_image: int) -> np.ndarray:
         """int64 [n]: tokens of each document at this resolution. PREFIX.docs alone is read."""
@@ -203,15 +218,14 @@ class Shard:
     def document(self, i: int) -> Document:
         self._check(i)
         text = self._text
-        a, b = int(text.ends[i]), int(text.ends[i + 1])
-        lengths = text.lengths[a:b]
-        values = np.frombuffer(bytearray(text.read(int(text.pointers[a]), 4 * sum(lengths.tolist()))), np.int32)
-        return Document(values, text.modes[a:b].repeat(lengths))
+        a, b = text.end_at[i], text.end_at[i + 1]
+        values = np.frombuffer(bytearray(text.read(text.pointer_at[a], 4 * sum(text.length_at[a:b]))), np.int32)
+        return Document(values, text.modes[a:b].repeat(text.lengths[a:b]))
 
     def runs(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(lengths int32 [s], modes int8 [s]) of a document's runs of one mode, from the index alone; an image is a run of length 1."""
         self._check(i)
-        span = slice(int(self._text.ends[i]), int(self._text.ends[i + 1]))
+        span = slice(self._text.end_at[i], self._text.end_at[i + 1])
         return self._text.lengths[span], self._text.modes[span]
 
     @property
@@ -221,15 +235,20 @@ class Shard:
 
     def image(self, number: int) -> bytes:
         """The encoded file."""
-        if not 0 <= number < len(self._image.lengths):
-            raise IndexError(f"image {number} of {len(self._image.lengths)} in {self.prefix}")
-        return self._image.read(int(self._image.pointers[number]), int(self._image.lengths[number]))
+        number, image = int(number), self._image
+        if not 0 <= number < len(image.length_at):
+            raise IndexError(f"image {number} of {len(image.length_at)} in {self.prefix}")
+        return image.read(image.pointer_at[number], image.length_at[number])
 
     def record_id(self, i: int) -> str:
         return self._about(i)["id"]
 
     def source(self, i: int) -> str:
         return self._about(i)["source"]
+
+    def meta(self, i: int) -> dict[str, Any]:
+        """What the field map kept of the row, and `phi`, the kinds of identifying text that were found and flagged."""
+        return self._about(i).get("meta", {})
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """UserError unless the shard was made with this tokenizer and this chat template."""
@@ -239,11 +258,14 @@ class Shard:
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)} in {self.prefix}")
 
-    def _about(self, i: int) -> dict[str, str]:
+    def _about(self, i: int) -> dict[str, Any]:
         self._check(i)
+        size, path = self.manifest["files"]["ids.jsonl"]["bytes"], shard_file(self.prefix, "ids.jsonl")
         a = int(self._docs["id_offset"][i])
-        b = int(self._docs["id_offset"][i + 1]) if i + 1 < len(self) else self.manifest["files"]["ids.jsonl"]["bytes"]
-        return json.loads(read_at(self._ids, a, b - a, shard_file(self.prefix, "ids.jsonl")))
+        b = int(self._docs["id_offset"][i + 1]) if i + 1 < len(self) else size
+        if not 0 <= a < b <= size:
+            raise UserError(f"{path}: docs asks for bytes {a} to {b} of {size}: damaged; copy it again or {AGAIN}")
+        return json.loads(read_at(self._ids, a, b - a, path))
 
 
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -277,8 +299,8 @@ def check_tokenizer(prefix: str | Path, manifest: dict[str, Any], tokenizer: Tok
             )
 
 
-def read_manifest(prefix: str | Path) -> dict[str, Any]:
-    """PREFIX.json, checked for format and version."""
+def read_manifest(prefix: str | Path, check: bool = True) -> dict[str, Any]:
+    """PREFIX.json, of this format and version and, unless `check` is off, undamaged."""
     path = shard_file(prefix, "json")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -291,7 +313,14 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         version = manifest.get("version") if isinstance(manifest, dict) else None
         raise UserError(f"{path}: shard format version {version}, this code reads {VERSION}: {AGAIN}")
+    if check and manifest.get("digest") != manifest_digest(manifest):
+        raise UserError(f"{path}: damaged, its digest is another; copy it again or {AGAIN}")
     return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest without its own digest."""
+    return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "digest"}, sort_keys=True).encode()).hexdigest()
 
 
 def hash_file(path: str | Path) -> str:

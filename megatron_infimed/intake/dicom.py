@@ -13,6 +13,7 @@ pylibjpeg-openjpeg (MIT). Which is used does not depend on what else is installe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
@@ -29,6 +30,7 @@ from PIL import Image
 
 from megatron_infimed.errors import UserError
 from megatron_infimed.intake.deid import DeidPolicy, Gate
+from megatron_infimed.intake.kept import Kept
 from megatron_infimed.intake.records import BadImage
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def to_png(data: bytes, frame: int | None, source: str, gate: Gate | None = None
         BadImage: refused by the gate, damaged, too large, or of a kind that is not supported. The detail never quotes the header.
         UserError: a package that decodes this file's transfer syntax is not installed.
     """
-    header, _ = _read(data, pixels=True)
+    _, header = _parsed.get(id(data), lambda: (data, _shareable(_read(data, pixels=True)[0])))
     if "PixelData" not in header:
         raise BadImage("DICOM without pixels", "no pixel data in the file")
     _guarded((gate or Gate(DeidPolicy())).dicom, header, source)
@@ -99,12 +101,24 @@ def to_png(data: bytes, frame: int | None, source: str, gate: Gate | None = None
     return out.getvalue()
 
 
+_parsed: Kept[tuple[bytes, Dataset]] = Kept(2)
+"""By the identity of the bytes, which are kept with it so that no others can have it."""
+
+
+def _shareable(header: Dataset) -> Dataset:
+    """pydicom turns an element's bytes into a value at the first look; for a file whose frames are shown by several threads, that is now."""
+    for tag in list(header.keys()) if header.get("NumberOfFrames") else ():
+        with contextlib.suppress(Exception):  # whoever needs this element will meet it again
+            header[tag]
+    return header
+
+
 @functools.cache
 def _pydicom() -> Any:
     """pydicom with its warnings off: they quote the header. Once a process, since warning filters are not safe to change in threads."""
     pydicom = _optional("pydicom")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"pydicom|megatron_infimed\.data\.dicom")
+    warnings.filterwarnings("ignore", module=r"pydicom|megatron_infimed\.intake\.dicom")
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     return pydicom
 

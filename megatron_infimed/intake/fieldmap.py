@@ -32,6 +32,7 @@ from megatron_infimed.intake.records import (
     make_record,
     marks,
     printable,
+    quote,
 )
 
 SHIPPED = Path(__file__).parent / "fieldmaps"
@@ -174,7 +175,12 @@ class FieldMap(_Part):
         shape = _choose(row, [s for s in self.talk if has_image or not s.silent], Shape.fits)
         if shape is None:
             wanted = " or ".join("+".join(sorted(s.fields)) for s in self.talk) if len(self.talk) < 4 else ""
-            raise BadRow("unknown row shape", f"fields {', '.join(map(str, row))[:150]}" + (f"; the map wants {wanted}" if wanted else ""))
+            known = {*self.id, *self.images, *self.keep, *self.where, *(f for s in self.talk for f in s.fields)} & row.keys()
+            other = ", ".join(str(f) for f in row if f not in known)  # a table without its header line names columns by their first cells
+            fields = ", ".join(
+                (*(str(f) for f in row if f in known), *([f"{len(row) - len(known)} more ({quote(other)})"] if other else []))
+            )
+            raise BadRow("unknown row shape", f"fields {fields}" + (f"; the map wants {wanted}" if wanted else ""))
         return shape
 
     def _images(self, row: Mapping[str, Any], field: str, turns: Sequence[Turn], store: ImageStore) -> list[ImageRef]:
@@ -207,7 +213,7 @@ class FieldMap(_Part):
 
     def _kept(self, row: Mapping[str, Any], used: set[str | None]) -> dict[str, Any]:
         if self.keep == "*":
-            return {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float)}
+            return {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float) and not _nan(v)}
         return {k: row[k] for k in self.keep if not _null(row.get(k)) and not isinstance(row[k], bytes)}
 
 
@@ -215,7 +221,12 @@ def _null(value: Any) -> bool:
     """None, an empty text, a NaN (a table's empty cell), or Hugging Face's image of nothing."""
     if isinstance(value, Mapping):
         return value.get("bytes") is None and value.get("path") in (None, "")
-    return value is None or (isinstance(value, str) and value == "") or (isinstance(value, float) and value != value)
+    return value is None or value == "" or _nan(value)
+
+
+def _nan(value: Any) -> bool:
+    """A table's empty cell, the same as None."""
+    return isinstance(value, float) and value != value
 
 
 def _filled(value: Any) -> bool:
@@ -224,7 +235,7 @@ def _filled(value: Any) -> bool:
 
 def _choose(row: Mapping[str, Any], options: Sequence[T], fits: Callable[[T, Set[str]], bool]) -> T | None:
     """The law of the module's first lines."""
-    for has in ({k for k, v in row.items() if _filled(v)}, {k for k, v in row.items() if v is not None}):
+    for has in ({k for k, v in row.items() if _filled(v)}, {k for k, v in row.items() if v is not None and not _nan(v)}):
         for option in options:
             if fits(option, has):
                 return option
@@ -254,7 +265,7 @@ def _conversation(value: Any) -> list[Turn]:
             raise BadRow("broken conversation", f"a turn is {type(turn).__name__}")
         role = turn.get("from", turn.get("role"))
         if not isinstance(role, str) or role.lower() not in SPEAKERS:
-            raise BadRow("broken conversation", f"unknown speaker {str(role)[:80]!r}")
+            raise BadRow("broken conversation", f"unknown speaker {quote(str(role))}; known are {', '.join(SPEAKERS)}")
         turns.append(Turn(SPEAKERS[role.lower()], _text(turn.get("value", turn.get("content")))))
     return turns
 
@@ -270,8 +281,8 @@ def _text(value: Any) -> str:
         if not all(isinstance(p, Mapping) for p in value):
             raise BadRow("text is not a string", "list")
         return "".join(IMAGE_MARK if "image" in str(p.get("type")) else _text(p.get("text")) for p in value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow("text is not a string", type(value).__name__)
+    if isinstance(value, bool) or _nan(value) or not isinstance(value, str | int | float):
+        raise BadRow("text is not a string", "NaN" if _nan(value) else type(value).__name__)
     text = str(value)
     try:
         text.encode()

@@ -27,7 +27,8 @@ from PIL import Image
 
 from megatron_infimed.errors import UserError
 from megatron_infimed.intake.archives import FILE_LIMIT, UNREADABLE, Tar, is_plain, open_bytes, safe_name
-from megatron_infimed.intake.records import BadImage, ImageRef, Stored
+from megatron_infimed.intake.kept import Kept
+from megatron_infimed.intake.records import BadImage, ImageRef, Stored, quote
 
 if TYPE_CHECKING:
     from megatron_infimed.intake.deid import Gate
@@ -52,11 +53,11 @@ class ImageStore:
         """Where the image lies; raises BadImage."""
         inside = safe_name(name)
         if inside is None and "\0" not in name:
-            raise BadImage("image path leaves the folder", repr(name[:200]))
+            raise BadImage("image path leaves the folder", quote(name))
         for path, root in self._roots.items():
             if inside is not None and root.has(inside):
                 return Stored(path, inside)
-        raise BadImage("missing image file", f"{name[:300]!r} in {', '.join(Path(root).name for root in self._roots)}")
+        raise BadImage("missing image file", f"{quote(name)} in {', '.join(Path(root).name for root in self._roots)}")
 
 
 def open_images(paths: Sequence[str | Path], spool: Path | None = None) -> ImageStore:
@@ -92,7 +93,8 @@ def read(ref: ImageRef, limit: int = FILE_LIMIT) -> bytes:
             root = known[1] if known else _open(ref.root, Path(ref.root))
             data = root.read(ref.name, limit)
         except (*UNREADABLE, NotImplementedError, RuntimeError, ValueError) as e:  # zipfile's words for an encrypted or odd member
-            raise BadImage("unreadable image file", getattr(e, "strerror", None) or str(e)[:200]) from None
+            words = getattr(e, "strerror", None) or re.sub(r"""['"].*['"]""", "[name]", str(e))
+            raise BadImage("unreadable image file", words[:200]) from None
     if len(data) > limit:
         raise BadImage("image file too large", f"the limit is {limit} bytes")
     return data
@@ -103,7 +105,7 @@ def load(ref: ImageRef, source: str, gate: Gate | None = None) -> bytes:
     from megatron_infimed.intake import dicom, nifti
 
     fragment = "" if isinstance(ref, bytes) else ref.fragment
-    data = read(ref, SCAN_LIMIT if fragment else FILE_LIMIT)
+    data = _read_scan(ref) if isinstance(ref, Stored) and ref.fragment else read(ref)
     if dicom.is_dicom(data):
         data = dicom.to_png(data, int(fragment) if fragment else None, source, gate)
     elif nifti.is_nifti(data):
@@ -111,6 +113,18 @@ def load(ref: ImageRef, source: str, gate: Gate | None = None) -> bytes:
     if problem := check_image(data):
         raise BadImage(*problem)
     return data
+
+
+_scans: Kept[bytes] = Kept(2)
+
+
+def _read_scan(ref: Stored) -> bytes:
+    """A file of many images, which is asked for once for each of them: read once, and the same object while it does not change."""
+    with contextlib.suppress(OSError):
+        about = os.stat(Path(ref.root) / ref.name if os.path.isdir(ref.root) else ref.root)
+        key = ref.root, ref.name, about.st_ino, about.st_size, about.st_mtime_ns
+        return _scans.get(key, lambda: read(ref, SCAN_LIMIT))
+    return read(ref, SCAN_LIMIT)
 
 
 def check_image(data: bytes) -> tuple[str, str] | None:
@@ -145,9 +159,9 @@ class _Folder:
             if not path.is_file():
                 return False
         except (OSError, ValueError) as e:
-            raise BadImage("unusable image path", f"{name[:100]!r}: {e}"[:300]) from None
+            raise BadImage("unusable image path", f"{quote(name)}: {getattr(e, 'strerror', None) or type(e).__name__}") from None
         if os.path.commonpath([os.path.realpath(path), self._real]) != self._real:
-            raise BadImage("image path leaves the folder", f"{name[:200]!r} is a link out of {self._path}")
+            raise BadImage("image path leaves the folder", f"{quote(name)} is a link out of {self._path}")
         return True
 
     def read(self, name: str, limit: int) -> bytes:
@@ -176,7 +190,7 @@ class _Archive:
 
     def has(self, name: str) -> bool:
         if name in self._unusable:
-            raise BadImage(self._unusable[name], repr(name[:300]))
+            raise BadImage(self._unusable[name], quote(name))
         return name in self._places
 
 

@@ -69,7 +69,7 @@ def read(
         map: how rows become Records; a guess by well-known field names where it is not given.
         images: where named images lie; the folder of the input where it is not given.
         source: name of the data set; the input's name without its suffix where it is not given.
-        gate: judges every Record's text.
+        gate: judges every Record's text, every id and every Reject's detail.
 
     Raises:
         UserError: the file, or the rest of it, cannot be read.
@@ -93,10 +93,10 @@ def read(
             ) from None
         name = printable(f"{path.name}:{place}")
         if isinstance(row, BadRow):
-            yield number, Reject(name, *(printable(str(word)) for word in row.args), source=source)
-            continue
-        item = map.apply(row, name, store, source)
-        yield number, gate.record(item) if gate is not None and isinstance(item, Record) else item
+            item = Reject(name, *(printable(str(word)) for word in row.args), source=source)
+        else:
+            item = map.apply(row, name, store, source)
+        yield number, item if gate is None else gate.row(item, printable(f"{path.name}:row {number}"))
 
 
 def source_of(path: Path) -> str:

@@ -7,6 +7,8 @@ as a Reject whose `reason` is one of few (so that rejects can be counted) with t
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,11 +39,11 @@ class Stored:
 
     @property
     def label(self) -> str:
-        """Its name, the same on every machine."""
-        return f"{self.name}{'#' if self.fragment else ''}{self.fragment}"
+        """What logs may say of it, the same on every machine: a hash for the name, since files are often named after patients."""
+        return f"file {short_hash(self.name)}{'#' if self.fragment else ''}{self.fragment}"
 
     def __str__(self) -> str:
-        return f"{self.root}/{self.label}"
+        return f"{self.root}/{self.name}{'#' if self.fragment else ''}{self.fragment}"
 
 
 ImageRef = bytes | Stored
@@ -72,6 +74,24 @@ class Reject:
     """A short category, the same words for the same fault."""
     detail: str = ""
     source: str = ""
+
+
+def short_hash(name: str) -> str:
+    """Eight hexadecimal digits that stand for a name."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+_QUOTE = re.compile("«[^»]*»")
+
+
+def quote(text: str) -> str:
+    """Marks what a detail takes from the row or from a file's name, so that the gate can withhold it."""
+    return f"«{text[:200].replace('»', '?')}»"
+
+
+def without_quotes(detail: str) -> str:
+    """The detail without what `quote` marked."""
+    return _QUOTE.sub("[withheld]", detail)
 
 
 def printable(text: str) -> str:

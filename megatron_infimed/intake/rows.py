@@ -18,13 +18,16 @@ from typing import Any, BinaryIO
 
 from megatron_infimed.errors import UserError
 from megatron_infimed.intake.archives import FILE_LIMIT, Tar, is_plain, open_bytes, safe_name
-from megatron_infimed.intake.records import BadImage, BadRow, Stored
+from megatron_infimed.intake.records import BadImage, BadRow, Stored, quote, short_hash
 
 Mine = Callable[[int], bool]
 Rows = Generator[tuple[int, str, Any], None, int]
 
 ROW_LIMIT = 64 << 20
 """Bytes (characters) of one row of JSON or CSV."""
+MOST_MEMBERS = 1000
+"""Of one sample of a tar; all its members together may be as large as one (FILE_LIMIT)."""
+_DOTS = "a sample's key ends at the first dot of the file name: write 1_2_840.jpg for 1.2.840.jpg"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "pgm", "dcm")
 TEXT_SUFFIXES = ("txt", "caption", "text")
 _CHUNK = 1 << 20
@@ -34,7 +37,21 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 def json_rows(path: Path, mine: Mine) -> Rows:
     with open_bytes(path) as stream:
         head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if _spread_out(head):
+        raise UserError(f"{path}: one JSON object over several lines; write its rows as one array [...], or one row a line (.jsonl)")
     return (yield from (_json_array if head.startswith(b"[") else _json_lines)(path, mine))
+
+
+def _spread_out(head: bytes) -> bool:
+    """Whether the first line opens an object that goes on in the next one, as in pretty-printed {"data": [...]}."""
+    first, line_break, _ = head.partition(b"\n")
+    if not line_break or not first.startswith(b"{") or not first.rstrip().endswith((b"{", b"[", b",")):
+        return False
+    try:
+        json.JSONDecoder().raw_decode(first.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False  # whole rows with commas between them
 
 
 def _json_lines(path: Path, mine: Mine) -> Rows:
@@ -132,11 +149,21 @@ def _json_array(path: Path, mine: Mine) -> Rows:
 
 
 def csv_rows(path: Path, mine: Mine) -> Rows:
-    """Rows under a header line; broken UTF-8 stays in its cell as surrogates, which a text may not have."""
+    """Rows under a header line; broken UTF-8 stays in its cell as surrogates, which a text may not have. The last row must end with a line
+    break or a closing quote: without one, nobody can tell whether its last cell was cut."""
     tabs = ".tsv" in path.suffixes
+    csv.field_size_limit(ROW_LIMIT)
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(_bounded(text), delimiter="\t" if tabs else ",", strict=True)
-        count = 0
+        line, count = "", 0
+
+        def lines() -> Iterator[str]:
+            nonlocal line
+            while line := text.readline(ROW_LIMIT):
+                if len(line) == ROW_LIMIT:
+                    raise csv.Error(f"a line of more than {ROW_LIMIT} characters")
+                yield line
+
+        reader = csv.reader(lines(), delimiter="\t" if tabs else ",", strict=True)
         try:
             header = next(reader, [])
             if len(set(header)) < len(header) or (len(header) < 2 and header):
@@ -147,12 +174,11 @@ def csv_rows(path: Path, mine: Mine) -> Rows:
                 if not cells:
                     continue
                 if mine(count):
-                    fits = len(cells) == len(header)
-                    row = (
-                        dict(zip(header, cells, strict=True))
-                        if fits
-                        else BadRow("wrong number of columns", f"{len(cells)}, not {len(header)}")
-                    )
+                    row: Any = BadRow("wrong number of columns", f"{len(cells)}, not {len(header)}")
+                    if len(cells) == len(header):
+                        row = dict(zip(header, cells, strict=True))
+                        if not line.endswith(("\n", "\r", '"')):
+                            row = BadRow("the file ends inside a row", "if the last row is whole, put a line break behind it")
                     yield count, f"row {count}", row
                 count += 1
         except csv.Error as e:
@@ -160,13 +186,6 @@ def csv_rows(path: Path, mine: Mine) -> Rows:
                 f"{path}: the rows cannot be told apart after row {count}, line {reader.line_num}: {e}; mend the quotes"
             ) from None
     return count
-
-
-def _bounded(text: io.TextIOWrapper) -> Iterator[str]:
-    while line := text.readline(ROW_LIMIT):
-        if len(line) == ROW_LIMIT:
-            raise csv.Error(f"a line of more than {ROW_LIMIT} characters")
-        yield line
 
 
 def parquet_rows(path: Path, mine: Mine) -> Rows:
@@ -232,19 +251,26 @@ class _Sample:
     def __init__(self, key: str) -> None:
         self._key = key
         self._parts: dict[str, bytes] = {}
+        self._size = 0
         self._problem: BadRow | None = None
 
     def add(self, member: Any, tar: Tar | None) -> None:
         """Reads the member where `tar` is given."""
         suffix = _split(member.name)[1]
+        self._size += max(0, member.size)
+        if self._problem:
+            return
         if safe_name(member.name) is None:
-            self._problem = BadRow("unsafe name in the archive", repr(member.name[:200]))
+            self._problem = BadRow("unsafe name in the archive", quote(member.name))
         elif not is_plain(member):
-            self._problem = BadRow("archive member is not a plain file", suffix)
+            self._problem = BadRow("archive member is not a plain file", quote(suffix))
         elif suffix in self._parts:
-            self._problem = BadRow("two archive members of one name", suffix)
+            self._problem = BadRow("two archive members of one name", quote(suffix))
         elif member.size > FILE_LIMIT:
             self._problem = BadRow("archive member too large", f"{member.size} bytes, the limit is {FILE_LIMIT}")
+        elif len(self._parts) == MOST_MEMBERS or self._size > FILE_LIMIT:
+            self._problem = BadRow("sample too large", f"more than {MOST_MEMBERS} members or {FILE_LIMIT} bytes; {_DOTS}")
+            self._parts.clear()
         elif tar is not None:
             known = suffix == "json" or suffix in TEXT_SUFFIXES or _is_image(suffix)
             self._parts[suffix] = tar.read(member) if known else b""
@@ -254,6 +280,9 @@ class _Sample:
             return self._problem
         if again:
             return BadRow("sample is not in one piece", "its key was there before; sort the archive")
+        texts = ("json", *TEXT_SUFFIXES)
+        if not any(s in self._parts for s in texts) and any(s.rpartition(".")[2] in texts for s in self._parts):
+            return BadRow("dots in the key", _DOTS)
         row: dict[str, Any] = {}
         try:
             if "json" in self._parts:
@@ -281,7 +310,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def scan_rows(path: Path, mine: Mine) -> Rows:
-    """A DICOM or NIfTI file, or a folder of them searched deep and sorted by name: a row for every frame or slice."""
+    """A DICOM or NIfTI file, or a folder of them searched deep and sorted by name: a row for every frame or slice.
+    A place names the file by a hash: in such folders the names are often patients."""
     files = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
     count = 0
@@ -291,11 +321,11 @@ def scan_rows(path: Path, mine: Mine) -> Rows:
             found = _scans(root, name)
             for fragment, fields in found:
                 if mine(count):
-                    yield count, f"{name}#{fragment}", fields | {"image": Stored(str(root), name, fragment)}
+                    yield count, f"row {count}, file {short_hash(name)}#{fragment}", fields | {"image": Stored(str(root), name, fragment)}
                 count += 1
         except BadImage as bad:
             if mine(count):
-                yield count, name, bad
+                yield count, f"row {count}, file {short_hash(name)}", bad
             count += 1
     return count
 

@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -38,6 +37,13 @@ from megatron_infimed.preprocess.pieces import run_task
 _STALL = 120.0
 """Seconds without a running task after which a local pool is given up."""
 _POLL = 0.1
+_CHILD = """
+import sys
+from megatron_infimed.preprocess.follow import follow
+follow(int(sys.argv[1]))
+from megatron_infimed.preprocess.engines import child
+child(*sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,13 @@ class Merge:
             job = Job.load(self.work)
             with lock(Path(job.output)):
                 merge(job)
-            atexit.register(shutil.rmtree, self.work, ignore_errors=True)  # datatrove logs into it once more
+            atexit.register(_tidy, job)  # datatrove logs into it once more
+
+
+def _tidy(job: Job) -> None:
+    with contextlib.suppress(UserError, OSError), lock(Path(job.output)):  # another run may have started here
+        if not (job.work / "job.json").exists():
+            job.discard()
 
 
 @contextlib.contextmanager
@@ -129,13 +141,13 @@ def run_here(job: Job, engine: Engine, told: Callable[[int, int], None]) -> None
         run_task(job, 0, 1, told)
         return
     log = job.work / "log" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    words = [engine.name, str(job.work), str(engine.tasks), str(engine.at_a_time), str(log)]
+    words = [str(os.getpid()), engine.name, str(job.work), str(engine.tasks), str(engine.at_a_time), str(log)]
     with disk_trouble(Path(job.output)):
         log.mkdir(parents=True)
         chatter = (log / "engine.log").open("ab")
     with chatter, tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from megatron_infimed.preprocess.engines import child; child(*sys.argv[1:])", *words],
+            [sys.executable, "-c", _CHILD, *words],
             stdin=subprocess.DEVNULL, stdout=said, stderr=chatter, start_new_session=True, env=_environment(job),
         )  # fmt: skip
         try:
@@ -197,14 +209,6 @@ def _alive(pid: int) -> bool:
 
 def child(name: str, work: str, tasks: str, workers: str, log: str) -> None:
     """Main of the watched process."""
-    parent = os.getppid()
-
-    def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(_POLL)
-        os.killpg(os.getpgrp(), signal.SIGKILL)  # nobody is waiting for us any more
-
-    threading.Thread(target=follow, daemon=True).start()
     job = Job.load(work)
     try:
         with disk_trouble(Path(job.output)):  # datatrove's own files

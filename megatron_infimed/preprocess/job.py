@@ -2,7 +2,8 @@
 
 The rows of each input are cut into pieces of `piece_rows`, counted from the input's start; piece (f, k) is rows [k*R, (k+1)*R) of input f
 and a small finished shard of its own in PREFIX.work/pieces, published by one rename of its folder. A piece is a pure function of its rows, so
-who makes it, when and how often does not matter. `fingerprint` is everything a piece depends on; a piece of another fingerprint is not one.
+who makes it, when and how often does not matter. `fingerprint` is everything a piece depends on; what bears another one (a piece, a count
+of rows, the whole folder) is not of this job. The folder is removed by a rename first, so that a kill leaves all of it or nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ from megatron_infimed.data.shards import VERSION, check_sizes, hash_file, read_m
 from megatron_infimed.errors import UserError
 from megatron_infimed.intake.readers import source_of
 
+_FOLDERS = ("pieces", "rows", "log", "running", "errors")
+_NAMES = {*_FOLDERS, "spool", "job.json", "job.tmp", "slurm.json", "rejects.jsonl", "rejects.jsonl.tmp"}
+"""All that a work folder may hold."""
+
 
 @dataclass(frozen=True)
 class Input:
@@ -33,6 +40,8 @@ class Input:
     bytes: int
     sha256: str
     """Of the file; of a folder, over the names and hashes of its files."""
+    mtime_ns: int = 0
+    """A file that has still this size and time need not be hashed again."""
 
     @property
     def name(self) -> str:
@@ -56,6 +65,8 @@ class Job:
     """That read and check images, in each task."""
     extra: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the tokenizer and the chat template."""
+    forced: str = ""
+    """Made up anew for a forced run, which must not use what other runs made."""
 
     @property
     def work(self) -> Path:
@@ -73,7 +84,7 @@ class Job:
 
     @cached_property
     def fingerprint(self) -> str:
-        parts = [VERSION, self.settings, self.input_entries, self.images, self.piece_rows, self.extra]
+        parts = [VERSION, self.settings, self.input_entries, self.images, self.piece_rows, self.extra, self.forced]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
@@ -105,34 +116,78 @@ class Job:
     def rows(self, f: int) -> int | None:
         """Rows of input f, once a task has read it to its end."""
         try:
-            return int((self.work / "rows" / f"f{f:06d}").read_text())
-        except FileNotFoundError:
+            fingerprint, rows = (self.work / "rows" / f"f{f:06d}").read_text().split()
+            return int(rows) if fingerprint == self.fingerprint else None
+        except (FileNotFoundError, ValueError):
             return None
 
     def agree_on_rows(self, f: int, rows: int) -> None:
         """Notes the rows of input f; UserError where another task saw another number."""
         path = self.work / "rows" / f"f{f:06d}"
         aside = path.with_name(f"{path.name}.{os.getpid()}.{os.uname().nodename}.tmp")
-        aside.write_text(str(rows))
+        aside.write_text(f"{self.fingerprint} {rows}")
         try:
             os.link(aside, path)  # unlike a rename, it does not replace
         except FileExistsError:
-            if (known := self.rows(f)) != rows:
+            if (known := self.rows(f)) is None:
+                os.replace(aside, path)  # of another job
+            elif known != rows:
                 raise UserError(
                     f"{self.inputs[f].path}: {rows} rows now, {known} rows before: it changed while being read; start again"
                 ) from None
         finally:
             aside.unlink(missing_ok=True)
 
+    def taken_up(self, force: bool) -> Job:
+        """The unfinished job of the work folder where it is this one, else a new one; a forced run goes on from a forced one only."""
+        left = self.left_over()
+        if left and left.fingerprint == replace(self, forced=left.forced).fingerprint and (left.forced or not force):
+            return replace(self, forced=left.forced)
+        return replace(self, forced=uuid.uuid4().hex if force else "")
+
+    def left_over(self) -> Job | None:
+        """The job that the work folder is of, if one can be told."""
+        try:
+            return Job.load(self.work)
+        except UserError:
+            return None
+
+    def discard(self) -> None:
+        """Removes the work folder; UserError where it is not one."""
+        if self.work.is_symlink() or self.work.exists():
+            self._refuse_foreign()
+            aside = Path(f"{self.work}.{os.getpid()}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                os.rename(self.work, aside)
+            except OSError as e:
+                raise UserError(f"{self.work}: cannot be removed ({e.strerror}); remove it, or choose another output") from None
+        for path in self.work.parent.iterdir():
+            if re.fullmatch(re.escape(self.work.name) + r"\.\d+\.old", path.name):  # also those of killed runs
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _refuse_foreign(self) -> None:
+        if self.work.is_symlink() or not self.work.is_dir():
+            raise UserError(
+                f"{self.work}: the pieces go into a folder of this name, but it is a file or a link; move it, or choose another output"
+            )
+        if self.left_over() is None:
+            foreign = sorted(p.name for p in self.work.iterdir() if p.name not in _NAMES and not p.name.startswith(".nfs"))
+            if foreign:
+                raise UserError(
+                    f"{self.work}: the pieces go into a folder of this name, but it holds other things ({', '.join(foreign[:3])}); "
+                    "move it, or choose another output"
+                )
+
     def prepare(self) -> None:
-        """Makes the work folder; what an earlier job of another fingerprint left there is removed."""
-        path = self.work / "job.json"
-        if path.exists() and Job.load(self.work).fingerprint != self.fingerprint:
-            shutil.rmtree(self.work)
+        """Makes the work folder; what is not of this very job is removed first."""
+        path, left = self.work / "job.json", self.left_over()
+        if left is None or left.fingerprint != self.fingerprint:
+            self.discard()
         for name in ("pieces", "rows", "log"):
             (self.work / name).mkdir(parents=True, exist_ok=True)
-        for left in (*self.work.glob("pieces/*.tmp"), *self.work.glob("rows/*.tmp")):  # of a killed task
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for part in (*self.work.glob("pieces/*.tmp"), *self.work.glob("rows/*.tmp")):  # of a killed task
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         for name in ("running", "errors"):
             shutil.rmtree(self.work / name, ignore_errors=True)
             (self.work / name).mkdir()
@@ -156,21 +211,25 @@ def tokenizer_prints(tokenizer: Tokenizer) -> dict[str, str]:
     return {"tokenizer": tokenizer.fingerprint, "chat_template": TEMPLATE_FINGERPRINT}
 
 
-def describe_inputs(paths: Sequence[Path], source: str | None, *, hashed: bool = True) -> tuple[Input, ...]:
-    """Sizes and hashes, taken in threads; a folder counts as one input."""
+def describe_inputs(paths: Sequence[Path], source: str | None, known: Sequence[Input] = (), *, hashed: bool = True) -> tuple[Input, ...]:
+    """Sizes and hashes, taken in threads; a folder counts as one input. `known`: inputs that were hashed before."""
+    hashes = {(i.path, i.bytes, i.mtime_ns): i.sha256 for i in known}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        contents = list(pool.map(_content if hashed else lambda p: (0, ""), paths))
+        contents = list(pool.map((lambda p: _content(p, hashes)) if hashed else (lambda p: (0, "", 0)), paths))
     return tuple(Input(str(p.absolute()), source or source_of(p), *c) for p, c in zip(paths, contents, strict=True))
 
 
-def _content(path: Path) -> tuple[int, str]:
+def _content(path: Path, known: Mapping[tuple[str, int, int], str]) -> tuple[int, str, int]:
+    """(bytes, sha256, mtime_ns; 0 for a folder)."""
     try:
         if not path.is_dir():
-            return path.stat().st_size, hash_file(path)
+            stat = path.stat()
+            key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+            return stat.st_size, known.get(key) or hash_file(path), stat.st_mtime_ns
         files = sorted(p for p in path.rglob("*") if p.is_file())
         whole = hashlib.sha256()
         for file in files:
             whole.update(f"{file.relative_to(path)}\0{hash_file(file)}\n".encode("utf-8", "surrogateescape"))
-        return sum(p.stat().st_size for p in files), whole.hexdigest()
+        return sum(p.stat().st_size for p in files), whole.hexdigest(), 0
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None

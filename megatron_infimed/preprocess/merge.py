@@ -7,7 +7,6 @@ last, then the pieces go; killed anywhere before, it starts again from the piece
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,10 @@ def merge(job: Job, told: Callable[[int, int], None] = lambda done, of: None) ->
     tally = Tally()
     for piece in pieces:
         tally.add_manifest(read_manifest(piece))
+    if not tally.documents:
+        with disk_trouble(prefix):
+            raise _nothing_left(job, pieces, tally)
     with disk_trouble(prefix), open_files(prefix) as files:
-        if not tally.documents:
-            raise _nothing_left(job, pieces, tally, files["rejects.jsonl"])
         digests = np.concatenate([np.fromfile(shard_file(p, "image.sha256"), "S32") for p in pieces])
         numbers, first = _distinct(digests)
         at = 0
@@ -46,7 +46,7 @@ def merge(job: Job, told: Callable[[int, int], None] = lambda done, of: None) ->
         files["image.sha256"].write(digests[first].tobytes())
         _index(files, pieces, first)
         manifest = publish(prefix, files, job.about(job.tokenizer()), tally, int(first.sum()))
-    shutil.rmtree(job.work, ignore_errors=True)
+    job.discard()
     return manifest
 
 
@@ -66,12 +66,18 @@ def _all_pieces(job: Job) -> list[Path]:
     return pieces
 
 
-def _nothing_left(job: Job, pieces: list[Path], tally: Tally, rejects: HashedFile) -> UserError:
-    for piece in pieces:
-        rejects.write(shard_file(piece, "rejects.jsonl").read_bytes())
-    rejects.close()
-    rejects.publish()
-    shutil.rmtree(job.work, ignore_errors=True)
+def _nothing_left(job: Job, pieces: list[Path], tally: Tally) -> UserError:
+    older = shard_file(job.output, "json").exists()  # its own rejects stay
+    rejects = HashedFile(job.work / "rejects.jsonl" if older else shard_file(job.output, "rejects.jsonl"))
+    try:
+        for piece in pieces:
+            rejects.write(shard_file(piece, "rejects.jsonl").read_bytes())
+        rejects.close()
+        rejects.publish()
+    finally:
+        rejects.discard()
+    if not older:
+        job.discard()
     reasons = ", ".join(f"{reason} ({entry['count']})" for reason, entry in tally.rejects.items()) or "the input is empty"
     return UserError(f"{', '.join(i.path for i in job.inputs)}: not one document left: {reasons}; see {rejects.path}")
 

@@ -7,17 +7,18 @@ de-identification gate decides is counted by row and by use of an image, so that
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_infimed.data.chat import Tokenizer, encode_batch
 from megatron_infimed.data.safe_files import disk_trouble, sync_folder
@@ -25,8 +26,9 @@ from megatron_infimed.data.shard_writer import ShardWriter
 from megatron_infimed.intake.deid import DeidPolicy, Gate
 from megatron_infimed.intake.fieldmap import FieldMap
 from megatron_infimed.intake.images import ImageStore, load, open_images
+from megatron_infimed.intake.phi import find
 from megatron_infimed.intake.readers import read
-from megatron_infimed.intake.records import BadImage, ImageRef, Record, Reject
+from megatron_infimed.intake.records import BadImage, ImageRef, Record, Reject, Stored
 from megatron_infimed.preprocess.job import Job
 
 BATCH = 256
@@ -123,16 +125,26 @@ class PieceMaker:
                 pictures = _Pictures(writer, self._pool, self._policy)
                 for batch in _batches(rows):
                     before = writer.documents, sum(r["count"] for r in writer.tally.rejects.values())
-                    _write(batch, writer, pictures, self._tokenizer, self.job.max_text_tokens)
+                    _write(batch, writer, pictures, self._tokenizer, self.job)
                     after = writer.documents, sum(r["count"] for r in writer.tally.rejects.values())
                     self._told(after[0] - before[0], after[1] - before[1])
                 writer.finish()
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one
-            with contextlib.suppress(FileExistsError):  # another task was faster: it is the same
-                os.rename(aside, final)
-            sync_folder(final.parent)
+            self._publish(f, k, aside)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+    def _publish(self, f: int, k: int, aside: Path) -> None:
+        """Another task may do the same, or have done it: its piece is as good, and may be in use."""
+        final = self.job.piece(f, k)
+        if self.job.finished(f, k):
+            return
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        try:
+            os.rename(aside, final)
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not self.job.finished(f, k):
+                raise
+        sync_folder(final.parent)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -148,7 +160,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _write(batch: Sequence[Row], writer: ShardWriter, pictures: _Pictures, tokenizer: Tokenizer, limit: int | None) -> None:
+def _write(batch: Sequence[Row], writer: ShardWriter, pictures: _Pictures, tokenizer: Tokenizer, job: Job) -> None:
     records = [row.item for row in batch if isinstance(row.item, Record)]
     encoded = iter(encode_batch(tokenizer, [r.turns for r in records]))
     pictures.load(records)
@@ -162,11 +174,23 @@ def _write(batch: Sequence[Row], writer: ShardWriter, pictures: _Pictures, token
             writer.add_reject(bad)
             continue
         tokens = sum(len(v) for kind, v in segments if kind != "image")
-        if limit is not None and tokens > limit:
+        if (limit := job.max_text_tokens) is not None and tokens > limit:
             writer.add_reject(Reject(record.id, "too many text tokens", f"{tokens}, the limit is {limit}", record.source))
             continue
-        writer.add_document(record.id, record.source, segments, pictures.store(record))
+        meta = record.meta if job.deid["text"] == "off" else _harmless(record.meta, writer.tally.decisions)
+        writer.add_document(record.id, record.source, segments, pictures.store(record), meta)
     pictures.forget()
+
+
+def _harmless(meta: Mapping[str, Any], decisions: Counter[str]) -> dict[str, Any]:
+    """Without the fields whose text identifies somebody: they are not trained on, so nothing is lost with them."""
+    kept = {}
+    for name, value in meta.items():
+        if kinds := {kind for _, _, kind in find(f"{name.replace('_', ' ')}: {value}")}:
+            decisions.update(f"kept field, {kind}: left out" for kind in kinds)
+        else:
+            kept[name] = value
+    return kept
 
 
 @dataclass(slots=True)
@@ -204,7 +228,8 @@ class _Pictures:
             picture = self._known[key]
             self._writer.tally.decisions.update(picture.decisions)
             if picture.bad:
-                where = f"image {k}" if isinstance(image, bytes) else image.label
+                named = self._policy.text == "off" and isinstance(image, Stored)  # a file may be named after its patient
+                where = f"image {k}" if isinstance(image, bytes) else f"image {k}, {image.name if named else image.label}"
                 return Reject(record.id, picture.bad[0], f"{where}: {picture.bad[1]}", record.source)
         return None
 

@@ -3,18 +3,16 @@
 There is one way, whatever the engine: the rows are cut into pieces (job.py), tasks make the pieces (pieces.py, run by engines.py), and the
 pieces are merged (merge.py). Killed at any moment, the same command goes on from the finished pieces, and the shard is the same to the last
 byte for every number of tasks, engine and piece size. A finished shard of the same inputs, settings, tokenizer and template is left alone;
-images that lie in folders or archives are part of the inputs by name only: after changing those, use --force.
+images that lie in folders or archives are part of the inputs by name only: after changing those, use --force (which goes on from the pieces
+of a killed --force, and from no others).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,18 +24,17 @@ from rich.table import Table
 
 from megatron_infimed.data.chat import load_tokenizer
 from megatron_infimed.data.safe_files import disk_trouble, lock
-from megatron_infimed.data.shard_writer import Tally
-from megatron_infimed.data.shards import Shard, read_manifest, shard_file
+from megatron_infimed.data.shards import Shard, shard_file
 from megatron_infimed.errors import UserError
 from megatron_infimed.intake.deid import DeidPolicy
 from megatron_infimed.intake.fieldmap import load_map
 from megatron_infimed.intake.images import open_images
 from megatron_infimed.intake.readers import inputs_of
 from megatron_infimed.preprocess import engines
+from megatron_infimed.preprocess.dry_run import try_out
 from megatron_infimed.preprocess.engines import Engine
-from megatron_infimed.preprocess.job import Job, describe_inputs, tokenizer_prints
+from megatron_infimed.preprocess.job import Input, Job, describe_inputs, tokenizer_prints
 from megatron_infimed.preprocess.merge import merge
-from megatron_infimed.preprocess.pieces import PieceMaker
 
 TextPhi = Literal["reject", "redact", "flag", "off"]
 
@@ -95,12 +92,11 @@ def preprocess(
     )  # fmt: skip
     with _progress(console, job) as told:
         with lock(Path(output)):
-            if manifest := _finished(job):
-                if not force:
-                    shutil.rmtree(job.work, ignore_errors=True)
-                    return Outcome(manifest, skipped=True)
-                shutil.rmtree(job.work, ignore_errors=True)
             engines.refuse_busy(job)
+            if not force and (manifest := _finished(job)):
+                job.discard()
+                return Outcome(manifest, skipped=True)
+            job = job.taken_up(force)
             with disk_trouble(Path(output)):
                 job.prepare()
             if engine.name != "slurm":
@@ -109,7 +105,8 @@ def preprocess(
             ids = engines.submit(job, engine)
         if wait:
             engines.wait(job, ids, told)
-            if manifest := _finished(job):
+            merged = not (force and (job.work / "job.json").exists())  # else it is the older shard that is sound
+            if merged and (manifest := _finished(job)):
                 return Outcome(manifest)
             raise UserError(f"{output}: SLURM job {ids.array} or {ids.merge} failed; see {ids.log}, then run the same command again")
     text = (
@@ -144,7 +141,7 @@ def make_job(
     files = [f for name in inputs for f in inputs_of(name, field_map)]
     if not files:
         raise UserError("no input: give at least one file")
-    entries = describe_inputs(files, source, hashed=hashed)
+    entries = describe_inputs(files, source, _hashed_before(output), hashed=hashed)
     allowed = {*allow_burned_in, *((e.source for e in entries) if field_map.deid.allow_burned_in else ())}
     policy = DeidPolicy(text_phi or field_map.deid.text or "reject", tuple(sorted(allowed)))
     return Job(
@@ -159,6 +156,13 @@ def make_job(
         threads=threads,
         extra=prints,
     )
+
+
+def _hashed_before(output: str | Path) -> tuple[Input, ...]:
+    try:
+        return Job.load(f"{output}.work").inputs
+    except UserError:
+        return ()
 
 
 def _threads(engine: Engine) -> int:
@@ -195,48 +199,6 @@ def _progress(console: Console | None, job: Job) -> Iterator[Callable[[int, int]
             bar.update(line, description=f"{made:,} pieces{counts}")
 
         yield told
-
-
-def try_out(job: Job, rows: int, engine: Engine) -> Table:
-    """Does everything but write for the first `rows` rows of each input, counts all rows, and says what a run would do.
-
-    Raises:
-        UserError: what a run would stop at: an input that breaks off, at whatever row.
-    """
-    with tempfile.TemporaryDirectory(prefix="megatron-infimed-") as folder:
-        trial = replace(job, output=str(Path(folder, "trial")))
-        trial.prepare()
-        tally, totals, size, sampled = Tally(), [], Counter[str](), 0
-        with PieceMaker(trial) as maker:
-            for f in range(len(trial.inputs)):
-                wanted = maker.rows(f, lambda number: number < rows)
-                maker.write(f, 0, wanted)
-                totals.append(wanted.total)
-                sampled += min(rows, wanted.total)
-                manifest = read_manifest(trial.piece(f, 0) / "piece")
-                tally.add_manifest(manifest)
-                size.update({name: about["bytes"] for name, about in manifest["files"].items()})
-    return _dry_summary(job, engine, tally, totals, sampled, size.total())
-
-
-def _dry_summary(job: Job, engine: Engine, tally: Tally, totals: list[int], sampled: int, size: int) -> Table:
-    table = Table(title=f"dry run for {escape(job.output)}: nothing was written", show_header=False)
-    total = sum(tally.sources.values(), Counter())
-    pieces = sum(-(-n // job.piece_rows) for n in totals)
-    table.add_row("inputs", f"{len(totals):,} with {sum(totals):,} rows; {sampled:,} were looked at")
-    table.add_row("documents", f"{total['documents']:,}, {total['images']:,} images")
-    table.add_row("text tokens", f"{total['text_tokens']:,} ({total['target_tokens']:,} with loss)")
-    table.add_row("rejected", f"{sum(r['count'] for r in tally.rejects.values()):,}")
-    for reason, entry in tally.rejects.items():
-        first = (f"{e['id']} ({e['detail']})" if e["detail"] else e["id"] for e in entry["examples"][:3])
-        table.add_row(f"  {escape(reason)}", escape(f"{entry['count']:,}: {'; '.join(first)}"))
-    table.add_row("field map", escape(job.map["name"]))
-    table.add_row("identifying text", job.deid["text"])
-    for decision, n in sorted(tally.decisions.items()):
-        table.add_row(f"  {escape(decision)}", f"{n:,}")
-    table.add_row("plan", f"{engine.name}, {engine.tasks} tasks, {pieces:,} pieces of {job.piece_rows:,} rows")
-    table.add_row("the shard", f"about {size / max(sampled, 1) * sum(totals) / 2**20:,.1f} MiB, and as much again while it is made")
-    return table
 
 
 def summary(prefix: str | Path, outcome: Outcome) -> Table:

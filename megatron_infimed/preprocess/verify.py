@@ -23,7 +23,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from megatron_infimed.data.shard_writer import manifest_digest
 from megatron_infimed.data.shards import (
     DOC,
     DTYPE_CODE,
@@ -35,6 +34,7 @@ from megatron_infimed.data.shards import (
     document_crc,
     hash_file,
     index_parts,
+    manifest_digest,
     read_manifest,
     shard_file,
 )
@@ -77,7 +77,7 @@ def watched() -> Iterator[Told]:
 
 def find_damage(prefix: str | Path, threads: int | None = None, told: Told = lambda what, done, of: None) -> Damage:
     """All damage; UserError where there is no manifest to compare with."""
-    manifest = read_manifest(prefix)
+    manifest = read_manifest(prefix, check=False)
     found = Damage(prefix)
     try:
         if manifest_digest(manifest) != manifest.get("digest"):

@@ -246,11 +246,16 @@ def command(
     """Shows what shards hold: a summary and the first packed rows here, everything else on one HTML page."""
     shards, console = ShardSet(prefixes, load_tokenizer(tokenizer)), Console(highlight=False)
     options: dict[str, Any] = {"rows": rows, "capacity": capacity, "tokens_per_image": tokens_per_image, "max_images": max_images}
-    found = survey(shards, **options, seed=seed) if html else None
+    try:
+        found = survey(shards, **options, seed=seed) if html else None
+        looked = found.look if found else look(shards, **options, seed=seed)
+    except (ValueError, IndexError, KeyError, OSError) as e:
+        names = " ".join(prefixes)
+        raise UserError(f"{names}: cannot be read as a shard ({type(e).__name__}); run python -m megatron_infimed verify on it") from None
     if found is None:
         console.print(summary(shards))
         console.print()
-    show(found.look if found else look(shards, **options, seed=seed), console)
+    show(looked, console)
     if found and html:
         try:
             html.parent.mkdir(parents=True, exist_ok=True)

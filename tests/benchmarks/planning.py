@@ -87,9 +87,10 @@ def main(
     others: bool = True,
     prove_seconds: float = 20.0,
     only_first: bool = False,
+    knapsack: bool = True,
     bridge: Path | None = None,
 ) -> None:
-    methods = {"FFD": first_fit_decreasing, "knapsack": greedy_knapsack} if others else {}
+    methods = {"FFD": first_fit_decreasing, **({"knapsack": greedy_knapsack} if knapsack else {})} if others else {}
     if bridge:
         methods["Bridge"] = of_bridge(bridge)
     heads = ["tokens an image", "capacity", "images a row", "fill %", "at most possible %", "CPU s"]

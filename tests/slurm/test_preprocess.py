@@ -58,6 +58,18 @@ def test_a_killed_task_stops_the_merge_and_a_rerun_completes(slurm: Slurm, corpu
     assert jobs.hashes(tmp_path / "set") == local
 
 
+def test_a_queued_forced_run_keeps_its_folder(slurm: Slurm, corpus: Path, local: dict[str, str], tmp_path: Path) -> None:
+    jobs.run(corpus, tmp_path / "set")
+    said = jobs.run(corpus, tmp_path / "set", *SLURM, "--force", "--tasks", 2, "--slurm-arg", "begin=now+20", env=slurm.env).stdout
+    _, merge = re.findall(r"(?:array|job) (\d+)", " ".join(said.split()))[:2]
+    before = (tmp_path / "set.work" / "job.json").stat().st_ino
+    for more in ((), ("--force",), (*SLURM, "--force")):
+        assert "are at it" in jobs.run(corpus, tmp_path / "set", *more, env=slurm.env, code=2).stderr
+        assert (tmp_path / "set.work" / "job.json").stat().st_ino == before
+    assert slurm.wait(merge) == "COMPLETED"
+    assert jobs.hashes(tmp_path / "set") == local
+
+
 def test_mistakes_are_one_line(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
     assert "needs --slurm-partition" in jobs.run(corpus, tmp_path / "set", "--engine", "slurm", code=2).stderr
     done = jobs.run(corpus, tmp_path / "set", "--engine", "slurm", "--slurm-partition", "nowhere", code=2, env=slurm.env)

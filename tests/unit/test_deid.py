@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from megatron_infimed.intake.deid import BURNS_TEXT, DETECTORS, DeidPolicy, Detector, Gate, find
+from megatron_infimed.intake.deid import BURNS_TEXT, DeidPolicy, Gate
+from megatron_infimed.intake.phi import DETECTORS, Detector, find
 from megatron_infimed.intake.records import BadImage, Record, Reject, Turn, make_record, marks
 
 # (text with what must be found in ‹›, kinds in order)
@@ -96,6 +97,23 @@ IDENTIFYING: tuple[tuple[str, str], ...] = (
     ("A ‹93›-year-old woman with hip fracture.", "age over 89"),
     ("Male, aged ‹101›, with dementia.", "age over 89"),
     ("Dr. ‹Smith› saw the patient (MRN ‹445566›) on ‹3/4/2015›.", "name, record number, date"),
+    ("Biopsy ‹12-Mar-19› showed carcinoma.", "date"),
+    ("Admitted ‹12.3.19› with dyspnoea.", "date"),
+    ("Compared with ‹12 / 03 / 2019›.", "date"),
+    ("Discussed with Dr.‹Smith› today.", "name"),
+    ("discussed with dr. ‹smith› today", "name"),
+    ("reported by dr. ‹smith›", "name"),
+    ("DISCUSSED WITH DR.‹SMITH› AT 1430.", "name"),
+    ("Final read: ‹John Smith›, MD", "name"),
+    ("Osteopath ‹Ann B. Lee›, DO agrees.", "name"),
+    ("Herr ‹Müller› und Frau ‹Schäfer› waren da.", "name, name"),
+    ("Frau Dr. ‹Weber› informiert.", "name"),
+    ("MRN ‹1234›, chest PA", "record number"),
+    ("MRN: ‹A123›", "record number"),
+    ("acc# ‹12345› chest", "record number"),
+    ("Acc. no. ‹7654321›", "record number"),
+    ("Results to ‹617 555 1234›.", "phone"),
+    ("Please call ‹555-1234› with questions.", "phone"),
     ("Mr. ‹Brown› was seen on ‹12 May 2010›; call ‹617-555-0123›.", "name, date, phone"),
 )
 CLEAN: tuple[str, ...] = (
@@ -219,6 +237,17 @@ CLEAN: tuple[str, ...] = (
     "The patient received 5-FU 400 mg/m2 on days 1-5 of 28-day cycles; CA 19-9 was 1200 U/mL, CEA 10/5.",
     "T1-weighted MR image (TR/TE, 500/15) of a 37-year-old woman with Sturge-Weber syndrome.",
     "R0 resection; N2/3 nodes; M1a.",
+    "A 1.5.20 mm stent; see section 3.2.10, version 1.4.12.",
+    "diabetes type 2 / 03 of the series, 1 / 2 / 3",
+    "In Mar-19 days of follow-up; ratio 12-Mar",
+    "The patient was seen by MD and then by a DO.",
+    "a dr. visit was planned, the dr. said so",
+    "Silver stain, Grocott, do not repeat. Do MD criteria apply?",
+    "ACC 12345 is a cell line; ACC/AHA 2014; the ACC number is low; acc. to 12345 cells",
+    "MRN was missing in 120 cases, MRN 12% of rows.",
+    "Matrix 256 256 1024 5, values 220 230 1400 2000; 300 400 1200 images",
+    "Call 10-15 times; recall 555-1234 is a number; ring of 120-1300 um",
+    "Frau is a word; Herringbone pattern",
     "<image>\nDescribe the image.",
     "在这张图像中，病变位于左肺上叶，大小约3.2×4.1厘米。",
 )
@@ -328,6 +357,7 @@ HOSTILE = (
     " ", "\n", "\t", "1", "a", "A", "Aa ", "A. ", "1/", "1-", "1.", "12/12/", "Dr. ", "Dr ", "Dr. A", "patient name: ", "patient id: ", "MRN: ",
     "accession ", "+1 ", "+ ", "(", "555-", "a@", "a.", "a@a.", "Jan ", "May ", "Mary Ann ", "1 A", "12 Main ", "signed by Ann ", "DR. SMITH ",
     "SMITH^", "ABCDEFGHIJ", "van der ", "O'", "é", "年", "aged ", "9", "CT of ", "x-ray", "tel. ", "phone: 1", "<image>",
+    "dr. ", "dr. a", "12 / ", "617 ", "1-mar-", "1.1.", "acc# ", "call ", "Herr ", "Frau Dr. ", "John Smith, ",
 )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import sys
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import pytest
 from PIL import Image
 
 from megatron_infimed.errors import UserError
-from megatron_infimed.intake import dicom
+from megatron_infimed.intake import dicom, images
 from megatron_infimed.intake.deid import BURNS_TEXT, DeidPolicy, Gate
-from megatron_infimed.intake.records import BadImage
+from megatron_infimed.intake.kept import Kept
+from megatron_infimed.intake.records import BadImage, Stored
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -209,6 +212,51 @@ def test_pixel_padding_is_outside_the_percentile_window():
     shown = np.asarray(Image.open(io.BytesIO(dicom.to_png(out.getvalue(), None, "t"))))
     low, high = np.percentile(pixels[40:], (0.5, 99.5))
     assert np.abs(shown[40:] - np.clip((pixels[40:] - low) / (high - low), 0, 1) * 255).max() <= EXACT
+
+
+def test_a_file_is_read_and_parsed_once_for_all_its_frames(tmp_path, monkeypatch):
+    """By eight threads; a file that changes is read again."""
+    header = pydicom.dcmread(FILES["CT_small.dcm"])
+    values = header.pixel_array
+    header.NumberOfFrames, header.PixelData = 40, b"".join((values + 8 * k).astype(np.int16).tobytes() for k in range(40))
+    header.WindowCenter, header.WindowWidth = 0, 4096
+    header.save_as(tmp_path / "clip.dcm")
+    calls = Counter()
+    for module, name in ((dicom, "_parse"), (images, "read")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: (calls.update([name]), real(*a, **k))[1])
+
+    def show_all() -> list[int]:
+        with ThreadPoolExecutor(8) as pool:
+            files = pool.map(lambda k: images.load(Stored(str(tmp_path), "clip.dcm", str(k)), "t"), range(40))
+            return [int(np.asarray(Image.open(io.BytesIO(f))).astype(int).sum()) for f in files]
+
+    sums = show_all()
+    assert sums == sorted(set(sums)) and calls == {"_parse": 1, "read": 1}, "each frame is its own, brighter than the one before"
+    header.WindowCenter = 500
+    header.save_as(tmp_path / "clip.dcm")
+    os.utime(tmp_path / "clip.dcm", ns=(1, 1))
+    assert show_all()[0] < sums[0] and calls == {"_parse": 2, "read": 2}
+
+
+def test_kept_makes_each_value_once_and_keeps_no_failure():
+    kept: Kept[int] = Kept(2)
+    made: Counter[int] = Counter()
+
+    def make(k: int) -> int:
+        time.sleep(0.02)
+        made[k] += 1
+        if made[k] == 1 and k == 7:
+            raise BadImage("first time", "")
+        return k
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda k: kept.get(k, lambda: make(k)), [1] * 8 + [2] * 8)) == [1] * 8 + [2] * 8
+    assert made == {1: 1, 2: 1}
+    with pytest.raises(BadImage):
+        kept.get(7, lambda: make(7))
+    assert kept.get(7, lambda: make(7)) == 7 and kept.get(2, lambda: make(2)) == 2 and made == {1: 1, 2: 1, 7: 2}
+    assert kept.get(1, lambda: make(1)) == 1 and made[1] == 2, "the oldest went"
 
 
 def test_frames_of_a_clip():

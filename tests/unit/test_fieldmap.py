@@ -378,6 +378,34 @@ keep: [split]
     assert isinstance(reject, Reject) and reject.reason == "image path leaves the folder"
 
 
+def test_not_a_number_is_nothing(tmp_path: Path) -> None:
+    """A table's empty cell, wherever a text may come from."""
+    nan = float("nan")
+    rows = [
+        {"id": "1", "question": "q", "answer": nan},
+        {"id": "2", "question": nan, "answer": "a"},
+        {"id": nan, "conversations": [*talk("q", "a"), {"from": "human", "value": "q"}, {"from": "gpt", "value": nan}]},
+        {"id": "4", "image": nan, "caption": nan},
+        {"id": "5", "question": "q", "answer": nan, "conversations": talk("q", "a"), "source": nan},
+        {"id": "6", "image": "a.jpg", "caption": [{"type": "text", "text": nan}]},
+    ]
+    pack(tmp_path, {"a.jpg": A}, "folder")
+    found = seen(lines(tmp_path / "n.jsonl", *rows), "auto", tmp_path / "pictures")
+    assert [r[:2] for r in found] == [
+        ("1", "unknown row shape"),
+        ("2", "unknown row shape"),
+        ("n.jsonl:line 3", "text is not a string"),
+        ("4", "unknown row shape"),
+        ("5", []),
+        ("6", "text is not a string"),
+    ]
+    map = own(tmp_path, 'talk: [{turns: [{user: "{q}", assistant: ["Answer: {a}. {b}", "{b}"]}]}]\nkeep: "*"')
+    store = open_images([tmp_path])
+    either = map.apply({"q": "q", "a": nan, "b": "yes", "c": nan}, "place", store, "s")
+    assert isinstance(either, Record) and either.turns[1].text == "yes" and not either.meta
+    assert isinstance(map.apply({"q": "q", "a": nan, "b": nan}, "place", store, "s"), Reject)
+
+
 def test_a_reject_prints_no_text_of_the_row(tmp_path: Path) -> None:
     row = {"id": "1", "question": ["John Doe"], "answer": "John Doe", "q_lang": "John Doe", "conversations": "John Doe", "img_name": 5}
     for name in (p.stem for p in SHIPPED.glob("*.yaml")):

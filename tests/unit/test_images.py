@@ -172,7 +172,7 @@ def test_odd_members_of_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert reason(lambda: store.find("soft.jpg"))[0] == "archive member is not a plain file"
     assert reason(lambda: store.find("bomb.jpg"))[0] == "image file too large"
     assert reason(lambda: store.find("twice.jpg"))[0] == "two archive members of one name"
-    assert reason(lambda: images.read(store.find("liar.jpg"))) == ("unreadable image file", "Bad CRC-32 for file 'liar.jpg'")
+    assert reason(lambda: images.read(store.find("liar.jpg"))) == ("unreadable image file", "Bad CRC-32 for file [name]")
     assert reason(lambda: images.read(store.find("packed.jpg"))) == (
         "unreadable image file",
         "compression method 14; zip it again with deflate",

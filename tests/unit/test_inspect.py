@@ -364,6 +364,24 @@ document.body.dataset.log = log.join(" ");
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_flipped_bits_are_one_line_or_a_page(tokenizer, tmp_path):
+    """Sizes and the manifest hold, the content does not: never a traceback."""
+    prefix = write(tmp_path / "s", tokenizer, [(f"d{i}", "a", "What?", "A CT.", [i % 3]) for i in range(20)], tiny_images(3))
+    tokenizer_path = tiny_tokenizer(tmp_path / "t")
+    rng, refused = np.random.default_rng(0), 0
+    for name in ("docs", "text.idx", "image.idx", "text.bin", "ids.jsonl") * 8:
+        file = Path(f"{prefix}.{name}")
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bad[rng.integers(len(bad))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bad)
+        result = CliRunner().invoke(app, [str(prefix), "--tokenizer", str(tokenizer_path), "--html", str(tmp_path / "p.html")])
+        assert result.exception is None or isinstance(result.exception, UserError | SystemExit), (name, result.exception)
+        refused += isinstance(result.exception, UserError)
+        file.write_bytes(good)
+    assert refused
+
+
 def test_sorting_switching_and_row_keys_in_a_browser(html, tmp_path):
     def dom(text):
         (tmp_path / "page.html").write_text(text)

@@ -13,13 +13,16 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_infimed.data.shards import Shard, shard_file
 from megatron_infimed.errors import UserError
+from megatron_infimed.preprocess import job as job_module
 from megatron_infimed.preprocess import pieces
 from megatron_infimed.preprocess.job import Job
 from megatron_infimed.preprocess.preprocess import preprocess
@@ -140,6 +143,35 @@ def test_the_tool_killed_with_its_workers(corpus: Path, whole: dict[str, str], t
     assert jobs.hashes(prefix) == whole
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
+def test_the_tool_killed_in_its_first_moments(corpus: Path, tmp_path: Path, delay: float) -> None:
+    """The process that is to run the tasks has not even imported what it needs."""
+    mark = uuid.uuid4().hex
+    words = jobs.words(corpus, tmp_path / "set", "--tasks", 4, "--workers", 2, "--piece-rows", 10)
+    tool = subprocess.Popen(words, stderr=subprocess.DEVNULL, env={**os.environ, "THIS_TEST": mark})
+    end = time.monotonic() + 60
+    while len(_marked(mark)) < 2:
+        assert time.monotonic() < end
+    time.sleep(delay)
+    tool.kill()
+    tool.wait()
+    end = time.monotonic() + 5
+    while _marked(mark):
+        assert time.monotonic() < end, "it outlives its tool"
+        time.sleep(0.1)
+    assert finished_pieces(tmp_path / "set") == []  # ended, not done
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """Processes with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("THIS_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def test_a_dead_worker_is_one_error_soon(corpus: Path, whole: dict[str, str], tmp_path: Path) -> None:
     prefix = tmp_path / "set"
     words = jobs.words(corpus, prefix, "--tasks", 4, "--workers", 2, "--piece-rows", 10)
@@ -209,6 +241,12 @@ def test_a_full_disk_in_the_merge(corpus: Path, whole: dict[str, str], tmp_path:
         assert jobs.hashes(disk / "set") == whole
 
 
+def test_a_full_disk_in_a_dry_run(corpus: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        assert_no_space(jobs.run(corpus, disk / "set", "--dry-run", 1000, code=2).stderr, disk / "set")
+        assert list(disk.iterdir()) == []
+
+
 def test_a_file_size_limit_is_one_error(corpus: Path, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
@@ -272,3 +310,64 @@ def test_tasks_must_agree_on_the_rows(corpus: Path, tmp_path: Path, monkeypatch:
     job.agree_on_rows(0, 240)
     with pytest.raises(UserError, match=r"a\.jsonl: 239 rows now, 240 rows before: it changed while being read"):
         job.agree_on_rows(0, 239)
+    (job.work / "rows" / "f000000").write_text(f"{'0' * 64} 100")  # of another job
+    assert job.rows(0) is None
+    job.agree_on_rows(0, 240)
+    assert job.rows(0) == 240
+
+
+def test_what_a_killed_removal_left_is_not_used(
+    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts of rows and pieces without the job.json that says whose they are."""
+    job = prepared(corpus, tmp_path / "set", monkeypatch)
+    (job.work / "job.json").unlink()
+    for stale in ("100", f"{job.fingerprint} 100"):
+        (job.work / "rows" / "f000000").write_text(stale)
+    make(corpus, tmp_path / "set", piece_rows=100)
+    assert jobs.hashes(tmp_path / "set") == whole
+
+
+def test_a_kill_in_the_removal_leaves_all_or_nothing(
+    corpus: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(corpus, tmp_path / "set", monkeypatch)
+    real = shutil.rmtree
+
+    def killed(path: Path, **kw: object) -> None:
+        if Path(path).exists():
+            real(Path(path) / "pieces")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job_module.shutil, "rmtree", killed)
+        make(corpus, tmp_path / "set", piece_rows=50)
+    assert [p.name for p in tmp_path.glob("set.*")] == [f"set.work.{os.getpid()}.old"]
+    make(corpus, tmp_path / "set", piece_rows=50)
+    assert jobs.hashes(tmp_path / "set") == whole  # and the .old is gone
+
+
+def test_a_piece_that_another_task_made_is_left_alone(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepared(corpus, tmp_path / "set", monkeypatch)
+    inode = job.piece(0, 0).stat().st_ino
+    with pieces.PieceMaker(job) as maker:
+        maker.write(0, 0, maker.rows(0, lambda number: number < 100))
+        assert job.piece(0, 0).stat().st_ino == inode
+        answers = iter([False, True])  # it comes between our look and our rename
+        monkeypatch.setattr(Job, "finished", lambda self, f, k: next(answers))
+        monkeypatch.setattr(pieces.shutil, "rmtree", lambda path, **kw: None)
+        maker.write(0, 0, maker.rows(0, lambda number: number < 100))
+    assert job.piece(0, 0).stat().st_ino == inode and next(answers, None) is None
+
+
+def test_a_rerun_does_not_hash_again(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = job_module.hash_file
+    monkeypatch.setattr(job_module, "hash_file", lambda path: (hashed.append(path.name), real(path))[1])
+    prepared(corpus, tmp_path / "set", monkeypatch)
+    assert sorted(hashed) == ["a.jsonl", "b.parquet"]
+    prepared(corpus, tmp_path / "set", monkeypatch)
+    assert len(hashed) == 2
+    os.utime(corpus / "a.jsonl")
+    prepared(corpus, tmp_path / "set", monkeypatch)
+    assert hashed[2:] == ["a.jsonl"]

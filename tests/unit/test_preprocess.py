@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import shutil
@@ -13,15 +14,18 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from megatron_infimed.data.chat import encode, load_tokenizer
-from megatron_infimed.data.shards import IMAGE, TARGET, Shard, shard_file
+from megatron_infimed.data.shard_writer import ShardWriter
+from megatron_infimed.data.shards import FORMAT, IMAGE, TARGET, VERSION, Shard, shard_file
 from megatron_infimed.errors import UserError
 from megatron_infimed.intake.images import check_image, open_images
 from megatron_infimed.intake.images import read as read_image
 from megatron_infimed.intake.readers import read
 from megatron_infimed.intake.records import Record
 from megatron_infimed.preprocess import pieces as module
+from megatron_infimed.preprocess.dry_run import try_out
 from megatron_infimed.preprocess.engines import Engine
-from megatron_infimed.preprocess.preprocess import make_job, preprocess, try_out
+from megatron_infimed.preprocess.job import Job
+from megatron_infimed.preprocess.preprocess import make_job, preprocess
 from megatron_infimed.preprocess.verify import verify
 from tests.tiny import tiny_images, tiny_tokenizer
 
@@ -140,6 +144,102 @@ def test_nothing_left_is_an_error(corpus: Path, tokenizer: Path) -> None:
         preprocess([corpus / "empty.jsonl"], corpus / "out", tokenizer)
 
 
+def test_nothing_left_leaves_an_older_shard_whole(corpus: Path, tokenizer: Path) -> None:
+    preprocess([corpus / "set.jsonl"], corpus / "out", tokenizer, images=[corpus / "images"])
+    (corpus / "bad.jsonl").write_text('{"id": "1", "image": "gone.jpg", "caption": "x"}\n' * 3)
+    with pytest.raises(UserError, match=r"not one document left: .*; see .*out\.work/rejects\.jsonl"):
+        preprocess([corpus / "bad.jsonl"], corpus / "out", tokenizer)
+    assert len((corpus / "out.work" / "rejects.jsonl").read_text().splitlines()) == 3
+    verify(corpus / "out")
+
+
+def test_force_uses_nothing_of_before(corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*, force: bool = False) -> Job:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("megatron_infimed.preprocess.preprocess.merge", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+            made(force=force)
+        return Job.load(corpus / "out.work")
+
+    def made(name: str = "out", *, force: bool = False) -> dict[str, object]:
+        return preprocess([corpus / "set.jsonl"], corpus / name, tokenizer, images=[corpus / "images"], force=force).manifest
+
+    old = stopped()
+    (corpus / "images" / "1.img").write_bytes(tiny_images(9)[8])
+    forced = stopped(force=True)
+    assert forced.fingerprint != old.fingerprint
+    inode = forced.piece(0, 0).stat().st_ino
+    assert stopped(force=True).piece(0, 0).stat().st_ino == inode  # the forced run goes on
+    assert stopped().piece(0, 0).stat().st_ino == inode
+    manifest = made(force=True)
+    assert manifest == made("fresh") and made()  # nothing of the forcing is in the shard
+    assert any(Shard(corpus / "out").image(k) == tiny_images(9)[8] for k in range(4))
+    verify(corpus / "out")
+    shutil.rmtree(corpus / "images")
+    with pytest.raises(UserError, match="no such image folder"):
+        made(force=True)
+
+
+def test_what_lies_in_the_way_is_one_error(corpus: Path, tokenizer: Path) -> None:
+    args = ([corpus / "set.jsonl"], corpus / "out", tokenizer)
+    (corpus / "out.work").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.work: .*it is a file or a link; move it"):
+        preprocess(*args, images=[corpus / "images"])
+    (corpus / "out.work").unlink()
+    (corpus / "out.work" / "pieces").mkdir(parents=True)
+    (corpus / "out.work" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.work: .*it holds other things \(thesis\.tex\); move it"):
+        preprocess(*args, images=[corpus / "images"])
+    assert (corpus / "out.work" / "thesis.tex").read_text() == "mine"
+    shutil.rmtree(corpus / "out.work")
+    shard_file(corpus / "out", "json").write_text(json.dumps({"format": FORMAT, "version": VERSION}))
+    assert not preprocess(*args, images=[corpus / "images"]).skipped
+    verify(corpus / "out")
+
+
+def test_kept_fields_are_in_the_shard(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "map.yaml").write_text('talk:\n  - turns: [{user: "{ask}", assistant: "{tell}"}]\nkeep: [modality, tags, note, long]\n')
+    rows = [
+        {"ask": "Seen when?", "tell": "On 12/03/2019.", "modality": "CT", "tags": ["a", {"b": 1}]},
+        {"ask": "What?", "tell": "A lung.", "modality": "MR", "note": "read by Dr. Smith", "score": 3},
+        {"ask": "What?", "tell": "A liver.", "modality": "XR", "long": "x" * 5000},
+        {"ask": "What?", "tell": "A heart."},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer, map=tmp_path / "map.yaml", text_phi="flag", piece_rows=2)
+    lines = [json.loads(line) for line in shard_file(tmp_path / "out", "ids.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in line.items() if k.startswith("meta")} for line in lines] == [
+        {"meta": {"modality": "CT", "phi": ["date"], "tags": ["a", {"b": 1}]}},
+        {"meta": {"modality": "MR"}},
+        {"meta": {"modality": "XR"}, "meta_left_out": 1},
+        {},
+    ]
+    m = Shard(tmp_path / "out").manifest
+    assert m["deid"]["counts"]["kept field, name: left out"] == 1
+    assert "Smith" not in "".join(p.read_bytes().decode("latin1") for p in tmp_path.glob("out.*"))
+    verify(tmp_path / "out")
+
+
+def test_any_meta_is_a_line_of_json(tmp_path: Path, tokenizer: Path) -> None:
+    odd = {
+        "z": float("nan"),
+        "when": datetime.date(2020, 1, 2),
+        "b": b"\xff",
+        "mixed": {1: 2, "a": 3},
+        "half": "\ud800",
+        "new\nline": '"\n',
+    }
+    with ShardWriter(tmp_path / "s", load_tokenizer(tokenizer)) as writer:
+        writer.add_document("a", "s", [("target", [1])], meta=odd)
+        writer.add_document("b", "s", [("target", [2])])
+        writer.finish()
+    first, second = (json.loads(line) for line in shard_file(tmp_path / "s", "ids.jsonl").read_text().splitlines())
+    assert first["meta"] == {
+        "z": "nan", "when": "2020-01-02", "b": "b'\\xff'", "mixed": "{1: 2, 'a': 3}", "half": "\ud800", "new\nline": '"\n',
+    }  # fmt: skip
+    assert second == {"id": "b", "source": "s"} and [Shard(tmp_path / "s").record_id(i) for i in range(2)] == ["a", "b"]
+    verify(tmp_path / "s")
+
+
 @pytest.mark.parametrize(("how", "documents", "counted"), [
     ("reject", 1, "text name: rejected"), ("redact", 2, "text name: redacted"), ("flag", 2, "text name: flagged"), ("off", 2, "text: not looked at"),
 ])  # fmt: skip
@@ -194,7 +294,7 @@ def test_a_dry_run_tells_and_leaves_nothing(corpus: Path, tokenizer: Path) -> No
     for words in (
         "1 with 36 rows; 12 were looked at",
         "corrupt image",
-        "3: cut (cut.jpg",
+        "3: cut (",
         "set.jsonl:line 11",
         "text: clean",
         "local, 3 tasks, 4 pieces of 10 rows",

@@ -19,7 +19,7 @@ from megatron_infimed.intake.deid import DeidPolicy, Gate
 from megatron_infimed.intake.fieldmap import load_map
 from megatron_infimed.intake.images import open_images
 from megatron_infimed.intake.readers import inputs_of, read
-from megatron_infimed.intake.records import Record, Reject, Stored, Turn, marks
+from megatron_infimed.intake.records import Record, Reject, Stored, Turn, marks, short_hash
 from tests.tiny import tiny_images
 from tests.unit.test_images import DAMAGE, odd, pack, tar_bytes
 
@@ -114,7 +114,7 @@ BAD = [
     ({"id": "1", "conversations": "hi"}, "broken conversation", "str"),
     ({"id": "1", "conversations": [*talk("q"), {"from": "gpt"}]}, "text is not a string", "NoneType"),
     ({"id": "1", "question": "q", "answer": "\ud800"}, "text is not valid Unicode", ""),
-    ({"id": "1", "foo": 3}, "unknown row shape", "id, foo"),
+    ({"id": "1", "foo": 3}, "unknown row shape", "fields id, 1 more («foo»)"),
     ({"id": "1", "caption": "no picture"}, "unknown row shape", ""),
     ([1, 2], "row is not an object", "list"),
 ]
@@ -261,7 +261,7 @@ def test_a_broken_csv(folder: Path) -> None:
     ]
     for text, words in (
         ('id,question,answer\n1,q,a\n2,"q"x,a\n', "the rows cannot be told apart after row 1, line 3: .*; mend the quotes"),
-        ('id,question,answer\n1,q,a\n2,"q,a\n' + "3,q,a\n" * 30_000, "after row 1, line .*field larger than field limit"),
+        ('id,question,answer\n1,q,a\n2,"q,a\n' + "3,q,a\n" * 30_000, "after row 1, line .*unexpected end of data; mend the quotes"),
         ('id,question,answer\n1,q,a\n2,"q,a\n', "unexpected end of data"),
         ("id,question,id\n1,q,a\n", r"must name the columns, each once \(3 names, 2 different\)"),
         ("just text\nmore\n", r"must name the columns, each once \(1 names"),
@@ -408,12 +408,13 @@ def test_a_folder_of_dicom_files(folder: Path) -> None:
     (scans / "labels.csv").write_text("id,question,answer\n")
     assert inputs_of(scans) == [scans / "labels.csv"] and inputs_of(scans, load_map("dicom")) == [scans]
     found = rows(scans, map=load_map("dicom"))
+    names = [short_hash(n) for n in ("b.dcm", "deep/without_suffix", "labels.csv", "notes.txt", "out.dcm")]
     assert [(r.id, getattr(r, "reason", None)) for r in found] == [
-        ("scans:b.dcm#0", None),
-        ("scans:deep/without_suffix#0", None),
-        ("scans:labels.csv", "neither DICOM nor NIfTI"),
-        ("scans:notes.txt", "neither DICOM nor NIfTI"),
-        ("scans:out.dcm", "image path leaves the folder"),
+        (f"scans:row 0, file {names[0]}#0", None),
+        (f"scans:row 1, file {names[1]}#0", None),
+        (f"scans:row 2, file {names[2]}", "neither DICOM nor NIfTI"),
+        (f"scans:row 3, file {names[3]}", "neither DICOM nor NIfTI"),
+        (f"scans:row 4, file {names[4]}", "image path leaves the folder"),
     ]
     record = found[0]
     assert isinstance(record, Record) and record.source == "scans" and record.meta["modality"] == "CT"
@@ -434,7 +435,7 @@ def test_nifti_volumes(folder: Path, suffix: str) -> None:
     assert inputs_of(file) == [file]
     found = rows(file, map=load_map("nifti"))
     assert len(found) == 60 and all(isinstance(r, Record) and r.source == "brain" for r in found)
-    record = next(r for r in found if r.id == f"brain{suffix}:brain{suffix}#z3")
+    record = next(r for r in found if r.id.endswith(f", file {short_hash(f'brain{suffix}')}#z3"))
     assert isinstance(record, Record) and record.turns[1].text == "axial"
     assert image_files.load(record.images[0], "brain").startswith(b"\x89PNG")
 
@@ -444,3 +445,96 @@ def test_the_gate_sees_every_record(folder: Path) -> None:
     file.write_text('{"id": "1", "question": "q", "answer": "Seen on 12/03/2019."}\n{"id": "2", "question": "q", "answer": "Clear."}')
     gate = Gate(DeidPolicy())
     assert [type(r) for r in rows(file, gate=gate)] == [Reject, Record] and sum(gate.counts.values()) == 2
+
+
+WITHHELD = [  # (row, its id with the gate on, what its reject's detail is)
+    ({"id": "MRN 483920 Dr. Smith 12/03/2019", "question": "q", "answer": "a"}, "t.jsonl:row 0", None),
+    ({"id": "DOE_JOHN_19700101/IM1", "question": "q", "answer": "a"}, "t.jsonl:row 0", None),
+    ({"id": "PMC2935873_f1", "question": "q", "answer": "a"}, "PMC2935873_f1", None),
+    ({"id": "20260-1", "question": "q", "answer": "Dr. Smith called"}, "20260-1", "name in turn 1"),
+    (
+        {"id": "5", "conversations": [{"from": "Dr. Smith of 12/03/2019", "value": "x"}]},
+        "5",
+        "unknown speaker [withheld]; known are human, user, gpt, assistant, system",
+    ),
+    ({"id": "5", "Dr. John Smith": 1, "Jane": 2}, "5", "fields id, 2 more ([withheld])"),
+    ({"id": "5", "image": "DOE_JOHN.png", "caption": "x"}, "5", "[withheld] in images"),
+    ({"id": "5", "image": "../DOE_JOHN.png", "caption": "x"}, "5", "[withheld]"),
+    ({"id": "5", "image": "DOE" * 2000, "caption": "x"}, "5", "[withheld]: File name too long"),
+]
+
+
+@pytest.mark.parametrize(("row", "id", "detail"), WITHHELD)
+def test_the_gate_lets_no_row_speak_through_ids_and_details(folder: Path, row: Any, id: str, detail: str | None) -> None:
+    file = folder / "t.jsonl"
+    file.write_text(json.dumps(row))
+    gate = Gate(DeidPolicy())
+    (found,) = rows(file, folder / "images", gate=gate)
+    assert (found.id, getattr(found, "detail", None)) == (id, detail)
+    assert any(k.startswith("id ") and k.endswith(": redacted") for k in gate.counts) == (found.id != row["id"])
+    (off,) = rows(file, folder / "images", gate=Gate(DeidPolicy(text="off")))
+    assert off.id == row["id"] and "withheld" not in getattr(off, "detail", "")
+
+
+def test_names_of_archive_members_are_withheld(folder: Path) -> None:
+    file = folder / "w.tar"
+    file.write_bytes(
+        tar_bytes(
+            (tarfile.TarInfo("../DOE_JOHN.jpg"), b"x"),
+            (tarfile.TarInfo("DOE_JOHN_19700101.txt"), b"fine"),
+            (odd("a.DOE.jpg", tarfile.SYMTYPE, "x"), b""),
+        )
+    )
+    found = [(r.id, getattr(r, "detail", "")) for r in rows(file, gate=Gate(DeidPolicy()))]
+    assert [detail.partition(";")[0] for _, detail in found] == ["[withheld]", "fields text, 1 more ([withheld])", "[withheld]"]
+    assert [id for id, _ in found[1:]] == ["w.tar:row 1", "w.tar:a"]
+
+
+def test_names_of_scans_are_never_shown(folder: Path) -> None:
+    pydicom_data = pytest.importorskip("pydicom.data")
+    scans = folder / "scans"
+    (scans / "DOE_JOHN").mkdir(parents=True)
+    (scans / "DOE_JOHN" / "IM1.dcm").write_bytes(Path(pydicom_data.get_testdata_file("CT_small.dcm")).read_bytes())
+    (record,) = rows(scans, map=load_map("dicom"))
+    assert isinstance(record, Record) and isinstance(record.images[0], Stored)
+    assert record.id == f"scans:row 0, {record.images[0].label}" and "DOE" not in record.id
+
+
+def test_a_csv_cell_may_be_long(folder: Path) -> None:
+    file = folder / "t.csv"
+    file.write_text(f"id,question,answer\n1,q,{'a' * 200_000}\n2,q,b\n")
+    assert [r.id for r in rows(file)] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("end", "whole"), [("2,q,b", False), ("2,q,", False), ('2,q,"b"', True), ("2,q,b\n", True), ("2,q,b\r", True), ("2,q,b\r\n\r\n", True)]
+)
+def test_a_csv_cut_inside_its_last_cell(folder: Path, end: str, whole: bool) -> None:
+    file = folder / "t.csv"
+    file.write_bytes(f"id,question,answer\n1,q,a\n{end}".encode())
+    first, last = rows(file)
+    assert isinstance(first, Record) and getattr(last, "reason", None) == (None if whole else "the file ends inside a row")
+
+
+def test_dots_in_the_keys_of_a_webdataset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = tiny_images(1)[0]
+    few = {f"img_v1.0_{k:03}.{e}": d for k in range(3) for e, d in (("jpg", a), ("txt", b"t"))}
+    (reject,) = rows(pack(folder, few, "tar"))
+    assert isinstance(reject, Reject) and reject.reason == "dots in the key" and "first dot" in reject.detail
+    many = {f"1.2.{k:04}.{e}": d for k in range(600) for e, d in (("jpg", b"x"), ("txt", b"t"))}
+    (reject,) = rows(pack(folder, many, "tar"))
+    assert isinstance(reject, Reject) and reject.reason == "sample too large" and "first dot" in reject.detail
+    monkeypatch.setattr("megatron_infimed.intake.rows.FILE_LIMIT", 1000)
+    big = {"a.txt": b"t", "a.0.jpg": bytes(600), "a.1.jpg": bytes(600), "b.txt": b"t"}
+    assert [getattr(r, "reason", "") for r in rows(pack(folder, big, "tar"))] == ["sample too large", "unknown row shape"]
+
+
+@pytest.mark.parametrize("indent", [2, "\t"])
+def test_an_object_over_several_lines_is_one_error(folder: Path, indent: Any) -> None:
+    talks = [{"id": "1", "question": "q", "answer": "a"}] * 3
+    for name, tree in (("t.json", {"data": talks}), ("t.jsonl", talks[0])):
+        (folder / name).write_text(json.dumps(tree, indent=indent))
+        with pytest.raises(UserError, match=rf"{name}: one JSON object over several lines; write its rows as one array"):
+            rows(folder / name)
+    (folder / "t.jsonl").write_text(",\n".join(map(json.dumps, talks)))
+    assert [getattr(r, "reason", None) for r in rows(folder / "t.jsonl")] == ["broken json", "broken json", None]

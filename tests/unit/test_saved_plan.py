@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import platform
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_infimed.data import saved_plan
+from megatron_infimed.data.bound import Bound
 from megatron_infimed.data.saved_plan import lines, plan_key, plan_of
-from megatron_infimed.data.schedule import build_schedule
+from megatron_infimed.data.schedule import Schedule, build_schedule
 from megatron_infimed.errors import UserError
 from tests.unit.test_schedule import random_shard, recipe
 
@@ -81,8 +84,25 @@ def test_a_damaged_plan_is_refused_and_made_again_on_request(tmp_path: Path) -> 
     file.write_bytes(data[:-100])
     with pytest.raises(UserError, match=r"cannot be read .*delete the folder"):
         plan_of(settings, shards)
+    (folder.parent / f"{folder.name}.{platform.node()}.999999999.tmp").mkdir()  # of a process that was killed
     assert plan_of(settings, shards, prove_seconds=1.0).fingerprint == good
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_sound_plan_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run stands on it, although today's packer would pack otherwise; only what is known of the bound gets better."""
+    settings, shards = setup(tmp_path)
+    first = plan_of(settings, shards)
+    (folder,) = (Path(settings.output) / "plan").iterdir()
+    before = (folder / "phase0.offsets.npy").stat()
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"seed": 7})})
+    better = build_schedule(other, shards)
+    better = Schedule([replace(p, bound=Bound(old.bound.rows + 1, "better")) for p, old in zip(better.phases, first.phases, strict=True)])
+    monkeypatch.setattr(saved_plan, "build_schedule", lambda *_: better)
+    again = plan_of(settings, shards, prove_seconds=1.0)
+    assert again.fingerprint == first.fingerprint != better.fingerprint
+    assert (folder / "phase0.offsets.npy").stat() == before
+    assert all(new.bound == Bound(old.bound.rows + 1, "better") for old, new in zip(first.phases, again.phases, strict=True))
 
 
 def test_what_people_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_infimed.data.chat import Tokenizer, encode_batch, load_tokenizer
 from megatron_infimed.data.shard_writer import ShardWriter
-from megatron_infimed.data.shards import DATA_FILES, IMAGE, Shard, shard_file
+from megatron_infimed.data.shards import DATA_FILES, IMAGE, Shard, manifest_digest, shard_file
 from megatron_infimed.errors import UserError
 from megatron_infimed.intake.records import Reject, Turn
 from megatron_infimed.preprocess.verify import verify
@@ -160,7 +160,10 @@ def test_truncation_shows_without_the_manifest_too(prefix: Path, name: str) -> N
     path = shard_file(prefix, name)
     os.truncate(path, path.stat().st_size - 1)
     manifest["files"][name]["bytes"] -= 1
-    shard_file(prefix, "json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="damaged, its digest is another"):
+        shard_file(prefix, "json").write_text(json.dumps(manifest))
+        Shard(prefix)
+    shard_file(prefix, "json").write_text(json.dumps({**manifest, "digest": manifest_digest(manifest)}))
     with pytest.raises(UserError, match=rf"{name}: \d+ bytes, but .*run tools/preprocess"):
         Shard(prefix)
 

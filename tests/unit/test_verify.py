@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_infimed.data.shard_writer import manifest_digest
-from megatron_infimed.data.shards import DATA_FILES, DOC, Index, Shard, shard_file
+from megatron_infimed.data.shards import DATA_FILES, DOC, Index, Shard, manifest_digest, shard_file
 from megatron_infimed.errors import UserError
 from megatron_infimed.preprocess.preprocess import preprocess
 from megatron_infimed.preprocess.verify import find_damage, verify
