@@ -132,7 +132,7 @@ class Piece(NamedTuple):
 _NO_IDS = np.zeros(0, np.int32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Document:
     """One document, its images not yet expanded; the arrays are the caller's own.
 
@@ -147,7 +147,7 @@ class Document:
     @property
     def images(self) -> np.ndarray:
         """int32 [K]: image numbers in order."""
-        return self.values[self.modes == IMAGE]
+        return self.values.compress(self.modes == IMAGE)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -216,8 +216,9 @@ class Shard:
         return self.text_lengths + self.image_counts * np.int64(tokens_per_image)
 
     def document(self, i: int) -> Document:
-        self._check(i)
         text = self._text
+        if not 0 <= i < len(self._docs):
+            self._check(i)
         a, b = text.end_at[i], text.end_at[i + 1]
         values = np.frombuffer(bytearray(text.read(text.pointer_at[a], 4 * sum(text.length_at[a:b]))), np.int32)
         return Document(values, text.modes[a:b].repeat(text.lengths[a:b]))
@@ -235,7 +236,7 @@ class Shard:
 
     def image(self, number: int) -> bytes:
         """The encoded file."""
-        number, image = int(number), self._image
+        image = self._image
         if not 0 <= number < len(image.length_at):
             raise IndexError(f"image {number} of {len(image.length_at)} in {self.prefix}")
         return image.read(image.pointer_at[number], image.length_at[number])
