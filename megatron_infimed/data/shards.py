@@ -7,8 +7,9 @@ PREFIX.image.sha256     32 bytes an image: its SHA-256. image.bin needs no hash 
 PREFIX.docs             DOC, one record a document: what planning needs (the length law), a checksum, and where its line in ids.jsonl starts.
 PREFIX.ids.jsonl        id and source of each document, a line each.    PREFIX.rejects.jsonl   what was left out, and why.
 PREFIX.json             the manifest; written last, so that a shard without it is unfinished and is never opened.
-Files are written as NAME.tmp, fsynced and renamed (shard_writer.py). Data is read with pread, not through a memory map: what comes back is
-the caller's own copy, and a .bin damaged under a running job is an error, not a SIGBUS.
+Files are written as NAME.tmp, fsynced and renamed (shard_writer.py). Text and indices are memory-mapped; images, nearly all of the bytes, are
+read with pread: on a network file system one request, not a fault a page, and an image.bin damaged under a running job is an error, not a
+SIGBUS. Whatever is returned is the caller's own copy.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ class Shard:
         self.prefix = str(prefix)
         self.manifest = read_manifest(prefix)
         check_sizes(prefix, self.manifest)
+        self._values = mapped(shard_file(prefix, "text.bin"), np.dtype(np.int32))
         self._text = Index(f"{prefix}.text", np.int32)
         self._image = Index(f"{prefix}.image", np.uint8)
         self._docs = mapped(shard_file(prefix, "docs"), DOC)
@@ -220,8 +222,12 @@ class Shard:
         if not 0 <= i < len(self._docs):
             self._check(i)
         a, b = text.end_at[i], text.end_at[i + 1]
-        values = np.frombuffer(bytearray(text.read(text.pointer_at[a], 4 * sum(text.length_at[a:b]))), np.int32)
-        return Document(values, text.modes[a:b].repeat(text.lengths[a:b]))
+        start, modes = text.pointer_at[a] // 4, text.modes[a:b].repeat(text.lengths[a:b])
+        values = self._values[start : start + len(modes)].copy()
+        if len(values) != len(modes) or start < 0:
+            path = shard_file(self.prefix, "text.idx")
+            raise UserError(f"{path}: asks for {len(modes)} tokens at {start} of {len(self._values)}: damaged; copy it again or {AGAIN}")
+        return Document(values, modes)
 
     def runs(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(lengths int32 [s], modes int8 [s]) of a document's runs of one mode, from the index alone; an image is a run of length 1."""
@@ -236,7 +242,7 @@ class Shard:
 
     def image(self, number: int) -> bytes:
         """The encoded file."""
-        image = self._image
+        number, image = int(number), self._image  # a NumPy integer is slow to compare and to index with
         if not 0 <= number < len(image.length_at):
             raise IndexError(f"image {number} of {len(image.length_at)} in {self.prefix}")
         return image.read(image.pointer_at[number], image.length_at[number])
