@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from typing import Any
 
 from megatron_infimed.errors import UserError
 
@@ -12,8 +14,7 @@ REMEDY = {
     "flash_attn": "pip install megatron-infimed[h100] on a machine with CUDA",
     "apex": "take the NGC PyTorch container, or build NVIDIA's apex from source (PyPI's package of that name is another one)",
     "nvidia.dali": "pip install megatron-infimed[dali]",
-    "pydicom": "pip install megatron-infimed[formats]",
-    "nibabel": "pip install megatron-infimed[formats]",
+    **dict.fromkeys(("pydicom", "imagecodecs", "jpeg_ls", "openjpeg", "nibabel"), "pip install megatron-infimed[formats]"),
     "datatrove": "pip install megatron-infimed[scale]",
     "ray": "pip install megatron-infimed[ray]",
 }
@@ -32,6 +33,14 @@ def require(package: str, wanted_by: str) -> None:
     """Raises UserError naming the remedy where the package is missing."""
     if not available(package):
         raise UserError(f"{wanted_by} needs {package}, which is not installed: {REMEDY[package]}")
+
+
+def load(package: str, wanted_by: str) -> Any:
+    """The imported package; UserError naming the remedy where that fails."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{wanted_by} needs {package}, which is not installed: {REMEDY[package]}") from None
 
 
 def use_transformer_engine(layers: str) -> bool:

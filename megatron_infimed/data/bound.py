@@ -20,6 +20,7 @@ from megatron_infimed.data.packing import lower_bound
 
 _GRIDS = (32, 16, 8, 4, 2, 1)
 _COLUMNS = 300  # rows added in a round at most
+_ROUNDING = 1e-9  # far more than floating point can have added to a bound
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def prove(
             break
         if capacity % grid:
             continue
-        found = ceil(_column_generation(lengths // grid, images, capacity // grid, max_images, enough, end) - 1e-6)
+        found = ceil(_column_generation(lengths // grid, images, capacity // grid, max_images, enough, end) * (1 - _ROUNDING))
         if found > best.rows:
             best = Bound(found, f"linear program, lengths rounded down to multiples of {grid}")
     return best
@@ -140,7 +141,7 @@ class _Knapsack:
                 offer = value[c - length[:fits], :room] + prices[members[:fits], None]
                 pick = offer.argmax(0)
                 offer = offer[pick, places[:room]]
-                better = offer > row[images:] + 1e-13
+                better = offer > row[images:]
                 row[images:][better] = offer[better]
                 chosen[images:][better] = members[pick[better]]
             value[c] = row

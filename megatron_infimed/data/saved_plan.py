@@ -28,6 +28,7 @@ import psutil
 from megatron_infimed.config import Recipe
 from megatron_infimed.data.bound import Bound
 from megatron_infimed.data.mixture import identities
+from megatron_infimed.data.safe_files import sync
 from megatron_infimed.data.schedule import Phase, Rejected, Schedule, build_schedule
 from megatron_infimed.data.shards import Shard
 from megatron_infimed.errors import UserError
@@ -81,7 +82,7 @@ def _save(folder: Path, made: Schedule, recipe: Recipe) -> None:
         ]
         aside = folder / f"plan.json.{os.getpid()}.tmp"
         aside.write_text(_head(Schedule(phases), recipe))
-        _sync(aside)
+        sync(aside)
         aside.rename(folder / "plan.json")
         return
     aside = folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}.tmp")
@@ -95,10 +96,10 @@ def _save(folder: Path, made: Schedule, recipe: Recipe) -> None:
                 np.save(aside / f"phase{phase.number}.{name}.npy", getattr(phase, name))
         (aside / "plan.json").write_text(_head(made, recipe))
         for path in aside.iterdir():
-            _sync(path)
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         aside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -112,14 +113,6 @@ def _head(schedule: Schedule, recipe: Recipe) -> str:
         "phases": [_describe(p, data.capacity) for p in schedule.phases],
     }
     return json.dumps(head, indent=1)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _describe(phase: Phase, capacity: int) -> dict[str, Any]:

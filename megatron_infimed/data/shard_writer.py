@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_infimed.data.chat import TEMPLATE_FINGERPRINT, Segment, Tokenizer
-from megatron_infimed.data.safe_files import HashedFile, lock, sync_folder
+from megatron_infimed.data.safe_files import HashedFile, lock, sync
 from megatron_infimed.data.shards import (
     CONTEXT,
     DATA_FILES,
@@ -269,10 +269,10 @@ def publish(prefix: Path, files: Mapping[str, HashedFile], about: dict[str, Any]
         head.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
         head.close()
         head.path.unlink(missing_ok=True)  # an older shard stops being valid before its files change
-        sync_folder(prefix.parent)
+        sync(prefix.parent)
         for file in (*files.values(), head):
             file.publish()
-        sync_folder(prefix.parent)
+        sync(prefix.parent)
     finally:
         head.discard()
     return manifest

@@ -8,10 +8,11 @@ A source that somebody has looked at is allowed by name. A face or another Recog
 
 **Text.** What `phi.find` finds in any turn: a net under curated data, not a licence to feed raw reports.
 
-**Ids and details.** They reach logs, manifests and pages, so unless the policy is "off" the same expressions go over every id (with _ and / as
-spaces too, and with dates like 19700101): one that is hit is replaced by the row's place, and the record stays. A reject's detail loses what
-`records.quote` marked as the row's own words or a file's name; if the rest is hit it goes altogether. Names of DICOM and NIfTI files are never
-shown, under any policy: rows.py and `Stored.label` put a hash in their place. The names of inputs and sources are the user's own choice.
+**Ids, kept fields and details.** They reach logs, manifests and pages, so unless the policy is "off" the same expressions go over them. An id
+(read with _ and / as spaces too, and with dates like 19700101) that is hit is replaced by the row's place, and the record stays. A kept field
+(`Record.meta`) that is hit is left out. A reject's detail loses what `records.quote` marked as the row's own words or a file's name; if the
+rest is hit it goes altogether. Names of DICOM and NIfTI files are never shown, under any policy: rows.py and `Stored.label` put a hash in
+their place. The names of inputs and sources are the user's own choice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -83,6 +84,8 @@ class Gate:
         if self.policy.text == "off":
             self._count("text: not looked at")
             return record
+        kept = self._harmless(record.meta)
+        record = record if len(kept) == len(record.meta) else replace(record, meta=kept)
         found = [find(turn.text) for turn in record.turns]
         kinds = sorted({kind for spans in found for _, _, kind in spans})
         if not kinds:
@@ -95,6 +98,16 @@ class Gate:
             return replace(record, turns=tuple(Turn(t.role, _redact(t.text, spans)) for t, spans in zip(record.turns, found, strict=True)))
         where = (f"{kind} in turn {k}" for k, spans in enumerate(found) for kind in sorted({kind for _, _, kind in spans}))
         return Reject(record.id, "identifying text", ", ".join(where)[:200], record.source)
+
+    def _harmless(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Without the fields whose text identifies somebody: they are not trained on, so nothing is lost with them."""
+        kept = {}
+        for name, value in meta.items():
+            kinds = {kind for _, _, kind in find(f"{name.replace('_', ' ')}: {value}")}
+            self._count(*(f"kept field, {kind}: left out" for kind in kinds))
+            if not kinds:
+                kept[name] = value
+        return kept
 
     def dicom(self, header: Any, source: str) -> None:
         """Judges a DICOM header: anything with `get(keyword)`.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import io
 import logging
 import re
@@ -32,6 +31,7 @@ from megatron_infimed.errors import UserError
 from megatron_infimed.intake.deid import DeidPolicy, Gate
 from megatron_infimed.intake.kept import Kept
 from megatron_infimed.intake.records import BadImage
+from megatron_infimed.optional import load
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -124,10 +124,7 @@ def _pydicom() -> Any:
 
 
 def _optional(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"this DICOM file needs {module}, which is not installed: pip install megatron-infimed[formats]") from None
+    return load(module, "this DICOM file")
 
 
 def _guarded(step: Any, *args: Any) -> Any:

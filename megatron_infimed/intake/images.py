@@ -105,7 +105,7 @@ def load(ref: ImageRef, source: str, gate: Gate | None = None) -> bytes:
     from megatron_infimed.intake import dicom, nifti
 
     fragment = "" if isinstance(ref, bytes) else ref.fragment
-    data = _read_scan(ref) if isinstance(ref, Stored) and ref.fragment else read(ref)
+    data = read_scan(ref) if isinstance(ref, Stored) and ref.fragment else read(ref)
     if dicom.is_dicom(data):
         data = dicom.to_png(data, int(fragment) if fragment else None, source, gate)
     elif nifti.is_nifti(data):
@@ -118,7 +118,7 @@ def load(ref: ImageRef, source: str, gate: Gate | None = None) -> bytes:
 _scans: Kept[bytes] = Kept(2)
 
 
-def _read_scan(ref: Stored) -> bytes:
+def read_scan(ref: Stored) -> bytes:
     """A file of many images, which is asked for once for each of them: read once, and the same object while it does not change."""
     with contextlib.suppress(OSError):
         about = os.stat(Path(ref.root) / ref.name if os.path.isdir(ref.root) else ref.root)

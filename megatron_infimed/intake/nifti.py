@@ -15,13 +15,10 @@ A volume is read once for its neighbouring slices: the last two stay in memory a
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import re
 import sys
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +26,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_infimed.errors import UserError
+from megatron_infimed.intake.kept import Kept
 from megatron_infimed.intake.records import BadImage
+from megatron_infimed.optional import load
 
 MAX_BYTES = 1 << 30  # of a volume, uncompressed, with what precedes it in the file
 MAX_DIMENSION = 8192
@@ -41,7 +39,6 @@ MAX_ANISOTROPY = 2.0  # of a plane's pixels, beyond which `slices` passes the wh
 _SAMPLE = 1 << 20  # voxels the window is computed from
 _AXES = {"x": "sagittal", "y": "coronal", "z": "axial"}
 _SPEC = re.compile(r"([xyz])(\d{1,5})(?:t(\d{1,5}))?")
-_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -111,27 +108,16 @@ def to_png(data: bytes, spec: str = "") -> bytes:
 
 # --- the volume --------------------------------------------------------------------------------------------------------------------
 
-_kept: OrderedDict[tuple[bytes, int], _Volume] = OrderedDict()
-_loading = threading.Lock()
+_volumes: Kept[tuple[bytes, _Volume]] = Kept(2)
+"""By the identity of the bytes, which are kept with it so that no others can have it."""
 
 
 def _load(data: bytes, time: int) -> _Volume:
-    """Volume number `time`; loaded by one thread at a time, so that neighbours wait for it instead of loading it too."""
-    key = hashlib.blake2b(data, digest_size=16).digest(), time
-    with _loading:
-        if key not in _kept:
-            _kept[key] = _read(data, time)
-            while len(_kept) > _KEPT:
-                _kept.popitem(last=False)
-        _kept.move_to_end(key)
-        return _kept[key]
+    return _volumes.get((id(data), time), lambda: (data, _read(data, time)))[1]
 
 
 def _read(data: bytes, time: int) -> _Volume:
-    try:
-        import nibabel as _  # noqa: F401
-    except ImportError:
-        raise UserError("a NIfTI volume needs nibabel, which is not installed: pip install megatron-infimed[formats]") from None
+    load("nibabel", "a NIfTI volume")
     if not is_nifti(data):
         raise BadImage("not a NIfTI file", "no n+1 or n+2 in its header")
     try:

@@ -218,7 +218,7 @@ DETECTORS = tuple(
     for kind, patterns, all_needs in _NEEDS
     for pattern, needs in zip(patterns, all_needs, strict=True)
 )
-"""(kind, pattern), from the most to the least specific."""
+"""From the most to the least specific."""
 
 
 def find(text: str) -> list[tuple[int, int, str]]:

@@ -312,14 +312,15 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def scan_rows(path: Path, mine: Mine) -> Rows:
     """A DICOM or NIfTI file, or a folder of them searched deep and sorted by name: a row for every frame or slice.
     A place names the file by a hash: in such folders the names are often patients."""
+    from megatron_infimed.intake import images
+
     files = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
-    count = 0
+    store, count = images.open_images([root]), 0
     for file in files:
         name = file.relative_to(root).as_posix()
         try:
-            found = _scans(root, name)
-            for fragment, fields in found:
+            for fragment, fields in _scans(images.read_scan(store.find(name))):
                 if mine(count):
                     yield count, f"row {count}, file {short_hash(name)}#{fragment}", fields | {"image": Stored(str(root), name, fragment)}
                 count += 1
@@ -330,10 +331,9 @@ def scan_rows(path: Path, mine: Mine) -> Rows:
     return count
 
 
-def _scans(root: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from megatron_infimed.intake import dicom, images, nifti
+def _scans(data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    from megatron_infimed.intake import dicom, nifti
 
-    data = images.read(images.open_images([root]).find(name), images.SCAN_LIMIT)
     if dicom.is_dicom(data):
         yield from ((str(k), fields) for k, fields in dicom.frames(data))
     elif nifti.is_nifti(data):

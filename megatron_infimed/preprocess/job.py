@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infimed.data.chat import TEMPLATE_FINGERPRINT, Tokenizer, load_tokenizer
-from megatron_infimed.data.safe_files import sync_folder
+from megatron_infimed.data.safe_files import sync
 from megatron_infimed.data.shard_writer import about
 from megatron_infimed.data.shards import VERSION, check_sizes, hash_file, read_manifest, shard_file
 from megatron_infimed.errors import UserError
@@ -63,7 +63,7 @@ class Job:
     piece_rows: int = 8192
     threads: int = 2
     """That read and check images, in each task."""
-    extra: dict[str, str] = field(default_factory=dict)
+    prints: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the tokenizer and the chat template."""
     forced: str = ""
     """Made up anew for a forced run, which must not use what other runs made."""
@@ -84,18 +84,20 @@ class Job:
 
     @cached_property
     def fingerprint(self) -> str:
-        parts = [VERSION, self.settings, self.input_entries, self.images, self.piece_rows, self.extra, self.forced]
+        parts = [VERSION, self.settings, self.input_entries, self.images, self.piece_rows, self.prints, self.forced]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """UserError where it is not the one the job was made with."""
         tokenizer = load_tokenizer(self.tokenizer_path)
-        if self.extra and tokenizer_prints(tokenizer) != self.extra:
+        if self.prints and tokenizer_prints(tokenizer) != self.prints:
             raise UserError(f"{self.tokenizer_path}: changed since the job was started (or other code runs here); start the job again")
         return tokenizer
 
-    def about(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        return about(tokenizer, self.input_entries, self.settings)
+    def about(self) -> dict[str, Any]:
+        """The part of the manifest that says what the shard is made of and how."""
+        return about(self.tokenizer, self.input_entries, self.settings)
 
     def piece(self, f: int, k: int) -> Path:
         """Folder of a piece; the shard in it has the prefix `piece`."""
@@ -194,7 +196,7 @@ class Job:
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(asdict(self), indent=1))
         os.replace(aside, path)
-        sync_folder(self.work)
+        sync(self.work)
 
     @staticmethod
     def load(work: str | Path) -> Job:

@@ -45,7 +45,7 @@ def merge(job: Job, told: Callable[[int, int], None] = lambda done, of: None) ->
             told(done + 1, len(pieces))
         files["image.sha256"].write(digests[first].tobytes())
         _index(files, pieces, first)
-        manifest = publish(prefix, files, job.about(job.tokenizer()), tally, int(first.sum()))
+        manifest = publish(prefix, files, job.about(), tally, int(first.sum()))
     job.discard()
     return manifest
 

@@ -14,19 +14,17 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_infimed.data.chat import Tokenizer, encode_batch
-from megatron_infimed.data.safe_files import disk_trouble, sync_folder
+from megatron_infimed.data.safe_files import disk_trouble, sync
 from megatron_infimed.data.shard_writer import ShardWriter
 from megatron_infimed.intake.deid import DeidPolicy, Gate
 from megatron_infimed.intake.fieldmap import FieldMap
 from megatron_infimed.intake.images import ImageStore, load, open_images
-from megatron_infimed.intake.phi import find
 from megatron_infimed.intake.readers import read
 from megatron_infimed.intake.records import BadImage, ImageRef, Record, Reject, Stored
 from megatron_infimed.preprocess.job import Job
@@ -98,11 +96,9 @@ class PieceMaker:
 
     def __init__(self, job: Job, told: Told = _silent) -> None:
         self.job, self._told = job, told
-        self._tokenizer = job.tokenizer()
-        self._map, self._policy = (
-            FieldMap.model_validate(job.map),
-            DeidPolicy(**{**job.deid, "allow_burned_in": tuple(job.deid["allow_burned_in"])}),
-        )
+        self._tokenizer = job.tokenizer
+        self._map = FieldMap.model_validate(job.map)
+        self._policy = DeidPolicy(**{**job.deid, "allow_burned_in": tuple(job.deid["allow_burned_in"])})
         self._store: ImageStore | None = open_images(job.images, job.work / "spool") if job.images else None
         self._pool = ThreadPoolExecutor(job.threads)
 
@@ -125,7 +121,7 @@ class PieceMaker:
                 pictures = _Pictures(writer, self._pool, self._policy)
                 for batch in _batches(rows):
                     before = writer.documents, sum(r["count"] for r in writer.tally.rejects.values())
-                    _write(batch, writer, pictures, self._tokenizer, self.job)
+                    _write(batch, writer, pictures, self._tokenizer, self.job.max_text_tokens)
                     after = writer.documents, sum(r["count"] for r in writer.tally.rejects.values())
                     self._told(after[0] - before[0], after[1] - before[1])
                 writer.finish()
@@ -144,7 +140,7 @@ class PieceMaker:
         except OSError as e:
             if e.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not self.job.finished(f, k):
                 raise
-        sync_folder(final.parent)
+        sync(final.parent)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -160,7 +156,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _write(batch: Sequence[Row], writer: ShardWriter, pictures: _Pictures, tokenizer: Tokenizer, job: Job) -> None:
+def _write(batch: Sequence[Row], writer: ShardWriter, pictures: _Pictures, tokenizer: Tokenizer, limit: int | None) -> None:
     records = [row.item for row in batch if isinstance(row.item, Record)]
     encoded = iter(encode_batch(tokenizer, [r.turns for r in records]))
     pictures.load(records)
@@ -174,23 +170,11 @@ def _write(batch: Sequence[Row], writer: ShardWriter, pictures: _Pictures, token
             writer.add_reject(bad)
             continue
         tokens = sum(len(v) for kind, v in segments if kind != "image")
-        if (limit := job.max_text_tokens) is not None and tokens > limit:
+        if limit is not None and tokens > limit:
             writer.add_reject(Reject(record.id, "too many text tokens", f"{tokens}, the limit is {limit}", record.source))
             continue
-        meta = record.meta if job.deid["text"] == "off" else _harmless(record.meta, writer.tally.decisions)
-        writer.add_document(record.id, record.source, segments, pictures.store(record), meta)
+        writer.add_document(record.id, record.source, segments, pictures.store(record), record.meta)
     pictures.forget()
-
-
-def _harmless(meta: Mapping[str, Any], decisions: Counter[str]) -> dict[str, Any]:
-    """Without the fields whose text identifies somebody: they are not trained on, so nothing is lost with them."""
-    kept = {}
-    for name, value in meta.items():
-        if kinds := {kind for _, _, kind in find(f"{name.replace('_', ' ')}: {value}")}:
-            decisions.update(f"kept field, {kind}: left out" for kind in kinds)
-        else:
-            kept[name] = value
-    return kept
 
 
 @dataclass(slots=True)

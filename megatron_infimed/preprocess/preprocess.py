@@ -154,7 +154,7 @@ def make_job(
         max_text_tokens=max_text_tokens,
         piece_rows=piece_rows,
         threads=threads,
-        extra=prints,
+        prints=prints,
     )
 
 
@@ -177,7 +177,7 @@ def _finished(job: Job) -> dict[str, Any] | None:
         manifest = Shard(job.output).manifest
     except UserError:
         return None
-    wanted = job.about(job.tokenizer())
+    wanted = job.about()
     return manifest if {name: manifest.get(name) for name in wanted} == wanted else None
 
 

@@ -25,6 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_infimed.config import ModelConfig
+from megatron_infimed.data.safe_files import sync
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
@@ -124,10 +125,10 @@ def save(
         names = sorted(p.name for p in aside.iterdir())
         (aside / "sha256.json").write_text(json.dumps({name: _sha256(aside / name) for name in names}, indent=1))
         for name in (*names, "sha256.json"):
-            _fsync(aside / name)
+            sync(aside / name)
         shutil.rmtree(path, ignore_errors=True)
         aside.rename(path)
-        _fsync(path.parent)
+        sync(path.parent)
         if keep is not None:
             others = [c.path for c in in_run(run) if c.path != path]
             later = [p for p in others if p.name > path.name]  # damaged, passed over on resumption: they must not push good ones out
@@ -195,11 +196,3 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
         return f"unreadable: {e.strerror}"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

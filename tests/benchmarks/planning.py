@@ -11,17 +11,23 @@ src/megatron/bridge/data/packing/algorithms.py and runs its own first_fit_decrea
 from __future__ import annotations
 
 import importlib.util
+import resource
 import sys
+import tempfile
 import time
 import types
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import typer
 
+from megatron_infimed.config import DataConfig, PhaseConfig, Recipe, SourceConfig
 from megatron_infimed.data.bound import prove
 from megatron_infimed.data.packing import fill, plan
+from megatron_infimed.data.saved_plan import plan_of
 from tests.unit.test_packing import mixture
 
 CASES = [  # tokens an image, capacity, images a row
@@ -82,6 +88,36 @@ def of_bridge(file: Path) -> Callable[[list[int], int], int]:
     return lambda lengths, capacity: len(module.first_fit_decreasing(lengths, capacity))
 
 
+class Listed:
+    """As much of a Shard as planning reads."""
+
+    def __init__(self, size: int, name: str) -> None:
+        rng = np.random.default_rng(len(name))
+        self.text_lengths = np.minimum(rng.lognormal(4.8, 0.8, size) + 10, 3400).astype(np.int32)
+        self.image_counts = rng.choice(np.array([0, 1, 1, 1, 2, 3], np.int32), size)
+        self.manifest = {"files": {"docs": {"sha256": name}}}
+
+    def __len__(self) -> int:
+        return len(self.text_lengths)
+
+
+def stage(documents: int, images_a_row: int | None) -> None:
+    """Mixture, packing, statistics, saving and loading of three sources and two phases; the memory is that of the whole process."""
+    shares = {"a": documents // 2, "b": documents // 4, "c": documents - documents // 2 - documents // 4}
+    shards = [Listed(n, name) for name, n in shares.items()]
+    data = DataConfig(sources=tuple(SourceConfig(prefix=name) for name in shares), max_images=images_a_row)
+    phases = tuple(PhaseConfig(until=u, image_size=s, tokens_per_image=t) for u, s, t in ((0.6, 224, 64), (1.0, 384, 144)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.process_time()
+        schedule = plan_of(Recipe(output=folder, data=data, schedule=phases), shards)  # type: ignore[arg-type]
+        seconds = time.process_time() - begin
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{documents:,} documents: {seconds:.1f} CPU s, at most {peak:.2f} GB resident ({before:.2f} before planning)")
+        for p in schedule.phases:
+            print(f"phase {p.number}: {p.rows:,} rows, at least {p.bound.rows:,}, {100 * p.fill:.2f} % full, lost {p.lost}")
+
+
 def main(
     documents: int = 1_000_000,
     others: bool = True,
@@ -89,7 +125,11 @@ def main(
     only_first: bool = False,
     knapsack: bool = True,
     bridge: Path | None = None,
+    whole_stage: Annotated[bool, typer.Option("--stage")] = False,
+    images_a_row: int | None = None,
 ) -> None:
+    if whole_stage:
+        return stage(documents, images_a_row)
     methods = {"FFD": first_fit_decreasing, **({"knapsack": greedy_knapsack} if knapsack else {})} if others else {}
     if bridge:
         methods["Bridge"] = of_bridge(bridge)

@@ -55,11 +55,6 @@ def refused(data: bytes, spec: str = "z0") -> tuple[str, str]:
     return e.value.args
 
 
-@pytest.fixture(autouse=True)
-def _forget():
-    nifti._kept.clear()
-
-
 def test_radiological_display():
     """The marker is on the patient's right (x 15 of 20), in front (y 22 of 30), above (z 7 of 10)."""
     data = volume(body())
@@ -178,7 +173,7 @@ def test_neighbours_read_the_volume_once(monkeypatch):
         show(data)
     assert len(calls) == 3
     show(two)
-    assert len(calls) == 4 and len(nifti._kept) == 2, "only the last two are kept"
+    assert len(calls) == 4 and len(nifti._volumes._entries) == 2, "only the last two are kept"
 
 
 def changed(offset: int, form: str, *values: float) -> bytes:
