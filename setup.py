@@ -6,7 +6,7 @@ EXTRAS = {
     # DALI decodes on the GPU (and here on the CPU, for parity). Match the CUDA version of your torch.
     "dali": ["nvidia-dali-cuda130>=2.0"],
     # For an H100 node. NVIDIA's apex is not the PyPI package of that name: take the NGC container or build it from source.
-    "h100": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn>=2.7", "nvidia-dali-cuda130>=2.0"],
+    "h100": ["transformer-engine[pytorch,core-cu13]>=2.9,<2.12", "flash-attn>=2.7", "nvidia-dali-cuda130>=2.0"],
     # Scans as training pictures: DICOM with its compressed transfer syntaxes (all under permissive licences), NIfTI.
     "formats": ["pydicom>=3", "imagecodecs", "pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg", "nibabel>=5"],
     # Preprocessing over many processes, SLURM arrays or Ray.

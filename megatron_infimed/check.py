@@ -65,15 +65,19 @@ def report(recipe: Recipe, processes: int | None = None) -> str:
             for i, p in enumerate(recipe.schedule)
         ),
         f"tokens a step    {tokens:,} ({recipe.batch.rows} rows of {recipe.data.capacity:,})",
-        f"layout           tensor {parallel.tensor}, pipeline {parallel.pipeline}"
+        f"layout           tensor {parallel.tensor}, pipeline {parallel.pipeline}, context {parallel.context}"
         f"{', sequence parallel' if parallel.sequence else ''}"
         + (f", data {processes // parallel.model_parallel} on {processes} processes" if processes else ""),
-        f"precision        {recipe.precision.params}, FP8 {recipe.precision.fp8}{unavailable}, recompute {recipe.precision.recompute}",
+        f"precision        {recipe.precision.params}, FP8 {recipe.precision.fp8}{unavailable}, recompute {_recompute(recipe)}",
         f"layers here      {'Transformer Engine' if use_transformer_engine(layers) else 'Megatron-Core local'}",
         f"attention here   {specs.attention_kernel(layers)}",
         f"decoder here     {decoder_name(recipe.data.decoder)}",
     ]
     return "\n".join(lines)
+
+
+def _recompute(recipe: Recipe) -> str:
+    return ", ".join(f"{part} {mode}" for part, mode in recipe.precision.recompute.model_dump().items())
 
 
 def _state(learns: bool) -> str:

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_infimed.config import load_recipe
 from megatron_infimed.errors import UserError
+from megatron_infimed.recipe_files import load_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
 
@@ -33,6 +33,36 @@ def check(
     from megatron_infimed.check import report
 
     print(report(load_recipe(recipe, overrides or []), processes))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
+    """Says what is installed, what stands in for what is not and what that costs, and what is wrong (exit code 2)."""
+    from megatron_infimed.doctor import main as examine
+
+    raise typer.Exit(examine(as_json))
+
+
+@app.command()
+def estimate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="in all")] = 8,
+    gpus_a_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="its kind; cpu for this machine's memory model")] = "h100",
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="where the shards are not there yet (default: a billion tokens' worth)")
+    ] = None,
+    tokens_a_document: Annotated[int, typer.Option(min=1, help="of text")] = 256,
+    images_a_document: Annotated[float, typer.Option(min=0)] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Memory, time and disk of a recipe on a cluster, and the layouts that fit it, quickest first. Needs no GPU."""
+    from megatron_infimed.estimate.report import estimate
+    from megatron_infimed.estimate.workload import Described
+
+    described = Described(documents, tokens_a_document, images_a_document)
+    print(estimate(load_recipe(recipe, overrides or []), gpus, gpus_a_node, gpu, described, as_json))
 
 
 @app.command()

@@ -1,22 +1,14 @@
-"""Every setting of the system: one frozen tree, the Recipe.
+"""Every setting of the system: one frozen tree, the Recipe. recipe_files.py reads it from YAML.
 
-A recipe is YAML. `base: other.yaml` (relative to the file) is loaded first and overlaid, mappings merged key by key, lists replaced;
-`key.path=value` words from the command line come last. `load_recipe` then validates the whole tree at once and reports every problem with its
-path. Nothing here reads data, imports torch or knows about processes: derived numbers (steps, rows) belong to the parts that compute them.
+Nothing here reads data, imports torch or knows about processes: derived numbers (steps, rows) belong to the parts that compute them.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from megatron_infimed.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Section(BaseModel):
@@ -69,6 +61,8 @@ class ModelConfig(_Section):
     language: LanguageConfig = LanguageConfig()
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of fresh weights; null takes width ** -0.5 for each part (what small models from scratch need)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what each language layer adds to the residual, in training. SigLIP and Qwen3 have none."""
 
 
 class TrainableConfig(_Section):
@@ -84,29 +78,55 @@ class ParallelConfig(_Section):
 
     tensor: int = Field(default=1, gt=0)
     pipeline: int = Field(default=1, gt=0)
+    virtual: int = Field(default=1, gt=0)
+    """Pieces of the model on each pipeline rank, visited in turn (interleaved 1F1B): a smaller pipeline bubble."""
+    context: int = Field(default=1, gt=0)
+    """Ranks that share the tokens of a row (and its images)."""
     sequence: bool = False
     """Megatron's sequence parallelism inside the tensor parallel group."""
     first_stage_layers: int | None = Field(default=None, gt=0)
     """Language layers on the first pipeline stage, which also holds the tower; null divides evenly."""
+    overlap: bool = False
+    """Gradients are reduced and weights gathered while the layers compute."""
+    balance: bool = True
+    """Rows of a global batch go to the data parallel ranks by what they cost, not by their number."""
 
     @property
     def model_parallel(self) -> int:
-        return self.tensor * self.pipeline
+        """Processes that together hold one copy of the model and of a row."""
+        return self.tensor * self.pipeline * self.context
+
+
+class RecomputeConfig(_Section):
+    """What each part computes again in the backward pass instead of keeping it."""
+
+    language: Literal["none", "mlp", "full"] = "none"
+    vision: Literal["none", "full"] = "none"
 
 
 class PrecisionConfig(_Section):
     params: Literal["float32", "bfloat16"] = "bfloat16"
     fp8: Literal["off", "delayed", "tensorwise", "blockwise"] = "off"
-    """FP8 recipe of Transformer Engine; needs the h100 extra."""
+    """FP8 recipe of Transformer Engine (tensorwise: current scaling); needs the h100 extra."""
+    fp8_parts: tuple[Literal["language", "vision"], ...] = Field(default=("language",), min_length=1)
+    fp8_first: int = Field(default=0, ge=0)
+    """Language layers at the beginning that stay in bfloat16."""
+    fp8_last: int = Field(default=0, ge=0)
+    """Language layers at the end that stay in bfloat16."""
     layers: Literal["auto", "transformer_engine", "local"] = "auto"
     """auto: Transformer Engine where it and a GPU are there."""
-    recompute: Literal["none", "full"] = "none"
-    """full: recompute every layer's activations in the backward pass (tower and language model)."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    """A single word, none or full, holds for both parts."""
 
     @field_validator("fp8", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare off as false
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _both(cls, value: Any) -> Any:
+        return {"language": value, "vision": value} if isinstance(value, str) else value
 
 
 class SourceConfig(_Section):
@@ -147,8 +167,8 @@ class DataConfig(_Section):
     decoder: Literal["auto", "torch", "dali"] = "auto"
     """auto: DALI where it and a GPU are there, else simplejpeg + torch."""
     decode_threads: int = Field(default=2, gt=0)
-    prefetch: int = Field(default=2, gt=0)
-    """Batches read and decoded ahead of the step."""
+    prefetch: int = Field(default=8, gt=0)
+    """Micro-batches read and decoded ahead of the training."""
     max_corrupt: int = Field(default=4, ge=0)
     """Corrupt images in one row that become gray before the run stops."""
     seed: int = 0
@@ -211,6 +231,10 @@ class BatchConfig(_Section):
     """Rows in a global batch; the same for every layout."""
     micro_rows: int = Field(default=1, gt=0)
     """Rows a process pushes through at once (they are laid end to end; documents stay isolated)."""
+    vision_images: int = Field(default=32, gt=0)
+    """Images the tower takes at once; more go through it in turns."""
+    loss_tokens: int = Field(default=512, gt=0)
+    """Logits held at once are no more than those of this many target positions; fewer cost no extra communication."""
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:
@@ -224,6 +248,27 @@ class CheckpointConfig(_Section):
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = Field(default=2, gt=0)
     """Newest checkpoints kept."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints of steps that are a multiple of this are kept for good."""
+    background: bool = False
+    """Written by a process of its own while training goes on (the last one never)."""
+
+
+class GuardsConfig(_Section):
+    """What happens when training goes wrong."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or leave the step out. The documents are named either way."""
+    spike: float | None = Field(default=None, gt=0)
+    """A loss this many robust deviations above the median of the last `window` steps is a spike; null does not look."""
+    spike_action: Literal["warn", "skip", "stop"] = "warn"
+    window: int = Field(default=64, ge=8)
+    max_skips: int = Field(default=10, gt=0)
+    """Steps left out in a row before the run stops."""
+    hang_minutes: float = Field(default=10.0, ge=0)
+    """Without progress for so long, every process says where it is, and the late one is named; 0 does not watch."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """A collective that takes longer ends the run."""
 
 
 class LogConfig(_Section):
@@ -251,6 +296,7 @@ class Recipe(_Section):
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many steps although the schedule is not done (the learning rate still follows the whole schedule)."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("schedule")
@@ -292,16 +338,22 @@ class Recipe(_Section):
         require(v.built_layers >= 1, f"model.vision.feature_layer: {v.feature_layer} leaves none of {v.num_layers} layers")
         require(not p.sequence or p.tensor > 1, "parallel.sequence: needs parallel.tensor > 1")
         require(
-            not p.sequence or d.capacity % p.tensor == 0,
-            f"data.capacity: {d.capacity} is not divisible by parallel.tensor {p.tensor} (parallel.sequence)",
+            not p.sequence or d.capacity % (p.tensor * p.context) == 0,
+            f"data.capacity: {d.capacity} is not divisible by parallel.tensor {p.tensor} x context {p.context} (parallel.sequence)",
+        )
+        require(
+            p.context == 1 or d.document_alignment % (2 * p.context) == 0,
+            f"data.document_alignment: {d.document_alignment} is not a multiple of {2 * p.context}, twice parallel.context",
         )
         if p.pipeline > 1:
             rest = lm.num_layers - (p.first_stage_layers or 0)
             stages = p.pipeline - (p.first_stage_layers is not None)
             require(
-                rest > 0 and rest % stages == 0,
-                f"parallel.pipeline: {rest} language layers do not divide over {stages} stages",
+                rest > 0 and rest % (stages * p.virtual) == 0 and (p.first_stage_layers or 0) % p.virtual == 0,
+                f"parallel.pipeline: {rest} language layers do not divide over {stages} stages"
+                + (f" of parallel.virtual {p.virtual} pieces (nor may first_stage_layers {p.first_stage_layers})" if p.virtual > 1 else ""),
             )
+        require(p.pipeline > 1 or p.virtual == 1, "parallel.virtual: only with parallel.pipeline > 1")
         require(
             p.pipeline > 1 or p.first_stage_layers is None,
             "parallel.first_stage_layers: only with parallel.pipeline > 1",
@@ -315,6 +367,24 @@ class Recipe(_Section):
             self.precision.fp8 == "off" or self.precision.layers != "local",
             "precision.fp8: needs precision.layers transformer_engine, not local",
         )
+        require(
+            self.precision.fp8 != "delayed" or not (self.precision.fp8_first or self.precision.fp8_last),
+            "precision.fp8_first: Megatron-Core keeps layers in bfloat16 with fp8 tensorwise or blockwise alone, not with delayed",
+        )
+        ends = max(self.precision.fp8_first, self.precision.fp8_last)
+        require(
+            ends <= lm.num_layers // p.pipeline,
+            f"precision.fp8_first, fp8_last: {ends} are more than the {lm.num_layers // p.pipeline} layers of a pipeline stage",
+        )
+        if self.precision.fp8 != "off" and "vision" in self.precision.fp8_parts:
+            require(
+                self.precision.fp8 != "blockwise",
+                f"precision.fp8_parts: the tower's {v.ffn_hidden_size} and its patches are no multiples of 128, which blockwise needs",
+            )
+            require(
+                self.precision.fp8 != "delayed" or self.trainable.vision,
+                "precision.fp8_parts: a frozen tower never updates the scales of fp8 delayed; take tensorwise, or language alone",
+            )
         for i, phase in enumerate(self.schedule):
             grid, side = phase.image_size // v.patch_size, round(phase.tokens_per_image**0.5)
             require(
@@ -329,102 +399,16 @@ class Recipe(_Section):
         if world_size is not None:
             require(
                 world_size % p.model_parallel == 0,
-                f"parallel: tensor {p.tensor} x pipeline {p.pipeline} does not divide {world_size} processes",
+                f"parallel: tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} does not divide {world_size} processes",
             )
             data_parallel = max(1, world_size // p.model_parallel)
             require(
                 self.batch.rows % (self.batch.micro_rows * data_parallel) == 0,
                 f"batch.rows: {self.batch.rows} is not a multiple of micro_rows {self.batch.micro_rows} x {data_parallel} data parallel processes",
             )
+            micro = self.batch.rows // (self.batch.micro_rows * data_parallel)
+            require(
+                p.virtual == 1 or micro % p.pipeline == 0,
+                f"parallel.virtual: {micro} micro-batches a process are not a multiple of parallel.pipeline {p.pipeline}",
+            )
         return out
-
-
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Reads, overlays and validates a recipe.
-
-    Args:
-        path: YAML file; `base:` names another one, relative to it.
-        overrides: words `a.b.c=value`; the value is YAML, so `data.sources=[{prefix: x}]` works.
-
-    Raises:
-        UserError: listing every problem with its path.
-    """
-    tree = _read(Path(path), ())
-    for word in overrides:
-        _override(tree, word)
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as e:
-        lines = [f"  {_where(err['loc'])}: {err['msg'].removeprefix('Value error, ')}" for err in e.errors()]
-    else:
-        lines = [f"  {line}" for line in recipe.problems()]
-        if not lines:
-            return recipe
-    raise UserError("\n".join([f"{path}: {len(lines)} problem{'s' if len(lines) > 1 else ''} in the recipe", *lines]))
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; load_recipe reads it back to an equal Recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: base refers back to itself: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot read the recipe ({e.strerror}); launch/recipes/ holds those that ship") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys, this is {type(tree).__name__}")
-    base = tree.pop("base", None)
-    return _overlay(_read(path.parent / str(base), (*seen, path.resolve())), tree) if base is not None else tree
-
-
-def _overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(under)
-    for key, value in over.items():
-        out[key] = _overlay(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
-
-
-def _override(tree: dict[str, Any], word: str) -> None:
-    path, sign, text = word.partition("=")
-    if not sign or not path:
-        raise UserError(f"{word!r}: an override is key.path=value, for example optimizer.lr=2e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise UserError(f"{word!r}: the value is not YAML: {' '.join(str(e).split())}") from None
-    *parents, leaf = path.split(".")
-    node: Any = tree
-    for i, key in enumerate(parents):
-        node = _step(node, key, parents[: i + 1], word)
-    if isinstance(node, list):
-        node[_index(node, leaf, word)] = value
-    else:
-        node[leaf] = value
-
-
-def _step(node: Any, key: str, path: list[str], word: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, word)]
-    child = node.setdefault(key, {})
-    if child is None:
-        child = node[key] = {}
-    if not isinstance(child, dict | list):
-        raise UserError(f"{word!r}: {'.'.join(path)} is a value, it has no keys below it")
-    return child
-
-
-def _index(node: list[Any], key: str, word: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise UserError(f"{word!r}: {key!r} is not one of the list's places 0 to {len(node) - 1}")
-    return int(key)
-
-
-def _where(loc: tuple[int | str, ...]) -> str:
-    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
-    return text.lstrip(".") or "recipe"

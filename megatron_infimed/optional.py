@@ -10,13 +10,13 @@ from typing import Any
 from megatron_infimed.errors import UserError
 
 REMEDY = {
-    "transformer_engine": "pip install megatron-infimed[h100] on a machine with CUDA",
-    "flash_attn": "pip install megatron-infimed[h100] on a machine with CUDA",
+    "transformer_engine": "pip install -e .[h100] on a machine with CUDA",
+    "flash_attn": "pip install -e .[h100] on a machine with CUDA",
     "apex": "take the NGC PyTorch container, or build NVIDIA's apex from source (PyPI's package of that name is another one)",
-    "nvidia.dali": "pip install megatron-infimed[dali]",
-    **dict.fromkeys(("pydicom", "imagecodecs", "jpeg_ls", "openjpeg", "nibabel"), "pip install megatron-infimed[formats]"),
-    "datatrove": "pip install megatron-infimed[scale]",
-    "ray": "pip install megatron-infimed[ray]",
+    "nvidia.dali": "pip install -e .[dali]",
+    **dict.fromkeys(("pydicom", "imagecodecs", "jpeg_ls", "openjpeg", "nibabel"), "pip install -e .[formats]"),
+    "datatrove": "pip install -e .[scale]",
+    "ray": "pip install -e .[ray]",
 }
 
 

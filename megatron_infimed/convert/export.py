@@ -75,7 +75,7 @@ def export(source: Path, output: Path, *, tokenizer: Path | None = None, dtype: 
 def load(found: checkpoint.Checkpoint, recipe: Recipe) -> InfiMed:
     """The checkpoint's model in this one process, its files checked against their hashes."""
     # Megatron-Core's own layers, whatever it was trained with: their names are the table's.
-    precision = {**recipe.precision.model_dump(), "layers": "local", "fp8": "off", "recompute": "none"}
+    precision = {**recipe.precision.model_dump(), "layers": "local", "fp8": "off", "recompute": {}}
     alone = recipe.model_copy(update={"parallel": ParallelConfig(), "precision": type(recipe.precision).model_validate(precision)})
     ranks = groups.initialize(alone.parallel, alone.seed)
     damaged = found.damaged(ranks)
@@ -83,7 +83,7 @@ def load(found: checkpoint.Checkpoint, recipe: Recipe) -> InfiMed:
         raise UserError(f"{found.path}: {', '.join(damaged)} is not what was written (hash): take another checkpoint of the run")
     with cpu.cuda_means_cpu():
         model = InfiMed(alone, ranks)
-    checkpoint.load_weights(found, model)
+    checkpoint.load_weights(found, [model])
     return model.eval()
 
 

@@ -24,7 +24,7 @@ from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.model.initialize import initialize_weights
 from megatron_infimed.parallel import cpu, groups
-from megatron_infimed.train import checkpoint
+from megatron_infimed.train import checkpoint, saver
 
 _LANGUAGE_UNUSED = re.compile(r".*rotary_emb\.inv_freq")
 _VISION_UNUSED = re.compile(r"(text_model\.|logit_scale|logit_bias|(vision_model\.)?(post_layernorm|head)\.|.*position_ids$)")
@@ -78,7 +78,7 @@ def import_checkpoint(
             "left_out": left_out,
         },
     }
-    return checkpoint.save(output, state, model, None, ranks)
+    return saver.save(output, state, [model], None, ranks)
 
 
 class _ProjectorOnly(MegatronModule):

@@ -12,31 +12,14 @@ Suffixes: T tokens of all rows, D segments, N images, C = 3 colours, S pixels al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_infimed.counts import Counts
 from megatron_infimed.data.shards import IMAGE, TARGET, Document
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a micro-batch holds; T = text_tokens + image_tokens + padding."""
-
-    documents: int = 0
-    text_tokens: int = 0
-    image_tokens: int = 0
-    target_tokens: int = 0
-    """Positions with a loss."""
-    padding: int = 0
-    images: int = 0
-    corrupt: int = 0
-    """Images that could not be decoded and are gray."""
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -49,9 +32,12 @@ class PackedBatch:
         loss_mask: float32 [T], 1 where the label is a target token, else 0.
         cu_seqlens: int32 [D + 1], strictly rising from 0 to T.
         max_seqlen: the longest segment.
-        pixels: uint8 [N, 3, S, S], RGB; None where the images were not read (a pipeline stage without the tower) or there are none.
-        slots: int64 [N * t], rising positions of the image tokens.
+        pixels: uint8 [N, 3, S, S], RGB; None where the images were not read (a pipeline stage without the tower) or there are none. Where
+            processes share the decoding, only this one's block of the counts.images (`image_block`), and None where that is empty.
+        slots: int64 [N * t], rising positions of the image tokens; of those in this share where the batch is one.
+        features: int64, which of the N * t image tokens `slots` takes; None: all, in order.
         documents: for each row, (source, document) of what it holds.
+        rows: the rows' numbers in their phase.
     """
 
     tokens: torch.Tensor
@@ -66,6 +52,8 @@ class PackedBatch:
     phase: int
     documents: list[list[tuple[int, int]]]
     counts: Counts
+    features: torch.Tensor | None = None
+    rows: list[int] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on a device; copies overlap with computing where the batch is pinned."""
@@ -79,14 +67,61 @@ class PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: move(v) for name, v in values.items() if isinstance(v, torch.Tensor)})
 
-    def with_pixels(self, pixels: torch.Tensor, corrupt: int) -> PackedBatch:
-        """The same batch with its images.
+    def share(self, rank: int, size: int) -> PackedBatch:
+        """What context parallel rank `rank` of `size` computes: tokens, labels, mask and slots [T / size]; the rest stays whole.
+
+        Every segment is cut into 2 x size equal chunks, and rank r takes chunks r and 2 x size - 1 - r (Megatron's and Transformer
+        Engine's order), so that all look at equally many positions.
+
+        Raises:
+            ValueError: a segment is no multiple of 2 x size (data.document_alignment).
+        """
+        if size == 1:
+            return self
+        here_T = context_positions(self.cu_seqlens, rank, size)
+        feature_T = torch.full_like(self.tokens, -1)
+        feature_T[self.slots] = torch.arange(self.slots.numel())
+        mine_T = feature_T[here_T]
+        slots = (mine_T >= 0).nonzero().squeeze(1)
+        return replace(
+            self,
+            tokens=self.tokens[here_T],
+            labels=self.labels[here_T],
+            loss_mask=self.loss_mask[here_T],
+            slots=slots,
+            features=mine_T[slots],
+        )
+
+    def with_pixels(self, pixels: torch.Tensor, corrupt: int, share: tuple[int, int] = (0, 1)) -> PackedBatch:
+        """The same batch with its images, or with `image_block(counts.images, share)` of them.
 
         Raises:
             ValueError: when the slots are not made for this many images.
         """
-        check_slots(self.slots.numel(), pixels.shape[0], self.tokens_per_image)
+        elsewhere = self.counts.images - len(image_block(self.counts.images, share))
+        check_slots(self.slots.numel(), elsewhere + pixels.shape[0], self.tokens_per_image)
         return replace(self, pixels=pixels if len(pixels) else None, counts=replace(self.counts, corrupt=corrupt))
+
+
+def context_positions(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """int64 [T / size]: the positions of the whole row that rank `rank` holds, in the order it holds them; see PackedBatch.share."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    if bool((lengths % (2 * size)).any()):
+        raise ValueError(
+            f"segments of {lengths.tolist()} tokens do not divide into {2 * size} chunks: set data.document_alignment {2 * size}"
+        )
+    chunks = lengths // (2 * size)
+    firsts = torch.stack([starts + rank * chunks, starts + (2 * size - 1 - rank) * chunks], 1).flatten()
+    sizes = chunks.repeat_interleave(2)
+    within = torch.arange(int(sizes.sum()), device=cu_seqlens.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return firsts.repeat_interleave(sizes) + within
+
+
+def image_block(images: int, share: tuple[int, int]) -> range:
+    """Which of a micro-batch's images process (index, of) decodes: blocks of ceil(images / of), the last ones shorter or empty."""
+    index, of = share
+    size = -(-images // of)
+    return range(images)[index * size : (index + 1) * size]
 
 
 def check_slots(slots: int, n_images: int, tokens_per_image: int) -> None:
@@ -109,6 +144,7 @@ def pack_rows(
     document_alignment: int = 1,
     phase: int = 0,
     documents: list[list[tuple[int, int]]] | None = None,
+    numbers: Sequence[int] = (),
 ) -> PackedBatch:
     """Lays rows end to end, without their images.
 
@@ -117,14 +153,14 @@ def pack_rows(
         capacity: tokens in a row.
         pad_id, image_id: what stands in padding and in image slots.
         document_alignment: a document's segment ends, with padding, at a multiple of this.
-        documents: what the rows hold, for messages.
+        documents: what the rows hold, for messages. numbers: what the rows are called in their phase.
 
     Raises:
         ValueError: when a row's documents do not fit it.
     """
     names = documents if documents is not None else [[] for _ in rows]
     is_used_T = np.zeros(len(rows) * capacity, bool)
-    cuts = [0]
+    cuts, pairs = [0], 0
     for number, row in enumerate(rows):
         start, end = number * capacity, (number + 1) * capacity
         lengths = np.array([length(d.modes, tokens_per_image) for d in row], np.int64)
@@ -138,6 +174,7 @@ def pack_rows(
         for end_of_document, size, tokens in zip(ends.tolist(), padded.tolist(), lengths.tolist(), strict=True):
             is_used_T[end_of_document - size : end_of_document - size + tokens] = True
         cuts += ends.tolist()
+        pairs += _pairs(lengths)
         if used < capacity:
             cuts.append(end)
 
@@ -172,8 +209,16 @@ def pack_rows(
             target_tokens=int(loss_mask_T.sum()),
             padding=int((~is_used_T).sum()),
             images=n_images,
+            pairs=pairs,
+            padding_pairs=_pairs(np.diff(cu_seqlens)) - pairs,
         ),
+        rows=list(numbers),
     )
+
+
+def _pairs(lengths: NDArray[np.integer]) -> int:
+    lengths = lengths.astype(np.int64)
+    return int((lengths * (lengths + 1) // 2).sum())
 
 
 def length(modes: NDArray[np.int8], tokens_per_image: int) -> int:

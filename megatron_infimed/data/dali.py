@@ -85,9 +85,7 @@ class DaliDecoder:
         try:
             from nvidia.dali import fn, pipeline, types
         except ImportError as e:
-            raise UserError(
-                f"data.decoder: dali needs NVIDIA DALI ({e}): pip install megatron-infimed[dali], or set data.decoder=torch"
-            ) from None
+            raise UserError(f"data.decoder: dali needs NVIDIA DALI ({e}): pip install -e .[dali], or set data.decoder=torch") from None
         gpu = self.device.type == "cuda"
         index = (self.device.index if self.device.index is not None else torch.cuda.current_device()) if gpu else None
         # The loader's thread already runs ahead of training, so the pipeline itself need not.

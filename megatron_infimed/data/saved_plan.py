@@ -34,7 +34,8 @@ from megatron_infimed.data.shards import Shard
 from megatron_infimed.errors import UserError
 
 log = logging.getLogger("megatron_infimed.data")
-_ARRAYS = ("source", "document", "offsets", "row_tokens", "row_images")
+_ARRAYS = ("source", "document", "offsets", "row_tokens", "row_images", "row_pairs")
+_FORMAT = 2  # of the folder: a run whose plan is of an older one plans again, to the same rows
 _PLAIN = ("number", "image_size", "tokens_per_image", "batch_rows", "fill", "lost", "cut")
 _LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 _TOLD = 60.0  # seconds between two messages of a process that waits
@@ -70,7 +71,7 @@ def plan_key(recipe: Recipe, shards: Sequence[Shard]) -> str:
     ]
     budgets = data.model_dump(mode="json", include={"documents", "capacity", "max_images", "document_alignment", "overlong", "seed"})
     phases = [p.model_dump(mode="json") for p in recipe.schedule]
-    return hashlib.sha256(json.dumps([sources, budgets, phases, recipe.batch.rows], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([_FORMAT, sources, budgets, phases, recipe.batch.rows], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _save(folder: Path, made: Schedule, recipe: Recipe) -> None:

@@ -57,7 +57,8 @@ class Phase:
         offsets: int64 [rows + 1]; row r holds the documents offsets[r] to offsets[r + 1].
         kept_values: (source, document) -> leading values of the Document kept, where it was cut to fit.
         rejected: documents left out. cut: ids of the documents cut, once each.
-        row_tokens, row_images: int32 [rows], what each row holds.
+        row_tokens, row_images: int32 [rows], what each row holds. row_pairs: int64 [rows], what its attention looks at: the sum of
+            l (l + 1) / 2 over its documents of l tokens.
         fill: share of the rows' tokens that is not padding. bound: what no plan can do better than.
         lost: documents that are neither in a row nor rejected; 0, or planning has a bug.
     """
@@ -71,6 +72,7 @@ class Phase:
     batch_rows: int
     row_tokens: NDArray[np.int32]
     row_images: NDArray[np.int32]
+    row_pairs: NDArray[np.int64]
     fill: float
     bound: Bound
     lost: int
@@ -227,6 +229,7 @@ def _pack(
     order = kept[plan.order]
     placed = np.zeros(len(part), bool)
     placed[order] = True
+    laid = lengths[plan.order]
     return Phase(
         number=number,
         image_size=phase.image_size,
@@ -235,8 +238,9 @@ def _pack(
         document=part.document[order],
         offsets=plan.offsets,
         batch_rows=batch_rows,
-        row_tokens=np.add.reduceat(lengths[plan.order], plan.offsets[:-1], dtype=np.int32),
+        row_tokens=np.add.reduceat(laid, plan.offsets[:-1], dtype=np.int32),
         row_images=np.add.reduceat(images[plan.order], plan.offsets[:-1], dtype=np.int32),
+        row_pairs=np.add.reduceat(np.multiply(laid, laid + 1, dtype=np.int64), plan.offsets[:-1]) // 2,
         fill=packing.fill(lengths, plan, data.capacity),
         bound=prove(padded, images, data.capacity, data.max_images, rows=len(plan), seconds=prove_seconds),
         lost=len(kept) - int(placed.sum()),

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_infimed import log as logs
-from megatron_infimed.config import Recipe
+from megatron_infimed.config import ParallelConfig, Recipe
 from megatron_infimed.data.chat import Tokenizer, encode_batch, load_tokenizer
 from megatron_infimed.data.decode import GRAY, Decoder, make_decoder
 from megatron_infimed.errors import UserError
@@ -59,16 +59,13 @@ def evaluate(
         batch_rows: rows of data.capacity tokens in a forward pass; null takes batch.micro_rows.
 
     Raises:
-        UserError: pipeline stages, no or another model's checkpoint, unreadable questions.
+        UserError: no or another model's checkpoint, unreadable questions.
     """
-    if recipe.parallel.pipeline > 1:
-        raise UserError(
-            f"evaluation runs in one pipeline stage, the recipe has {recipe.parallel.pipeline}: "
-            "add parallel.pipeline=1 parallel.first_stage_layers=null (checkpoints load into any layout)"
-        )
     if max_new_tokens < 1 or (batch_rows is not None and batch_rows < 1):
         raise UserError(f"max_new_tokens {max_new_tokens} and batch_rows {batch_rows} must be at least 1")
-    ranks = groups.initialize(recipe.parallel, recipe.seed)
+    parallel = ParallelConfig(tensor=recipe.parallel.tensor, sequence=recipe.parallel.sequence)  # the other processes share the questions
+    recipe = recipe.model_copy(update={"parallel": parallel})
+    ranks = groups.initialize(parallel, recipe.seed)
     logs.set_up(ranks.main)
     asked, tokenizer = read_questions(questions), load_tokenizer(recipe.data.tokenizer)
     source = checkpoints.find_sound(checkpoint or recipe.output, recipe.model, ranks)
@@ -172,7 +169,7 @@ def _answer(
 def _load(recipe: Recipe, ranks: Ranks, source: Checkpoint) -> InfiMed:
     with cpu.cuda_means_cpu():
         model = InfiMed(recipe, ranks, gather_logits=True).to(ranks.device)
-    checkpoints.load_weights(source, model)
+    checkpoints.load_weights(source, [model])
     return model
 
 

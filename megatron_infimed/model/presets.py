@@ -23,8 +23,8 @@ def language_config(recipe: Recipe) -> TransformerConfig:
     """Qwen3: RMSNorm, SwiGLU, grouped queries, norm on queries and keys, no biases."""
     lm, parallel, te = recipe.model.language, recipe.parallel, use_transformer_engine(recipe.precision.layers)
     return TransformerConfig(
-        **_common(recipe),
-        **_fp8(recipe),
+        **_common(recipe, recipe.precision.recompute.language, recipe.model.dropout),
+        **_fp8(recipe, "language"),
         num_layers=lm.num_layers,
         hidden_size=lm.hidden_size,
         num_attention_heads=lm.num_heads,
@@ -40,6 +40,10 @@ def language_config(recipe: Recipe) -> TransformerConfig:
         apply_rope_fusion=te,
         pipeline_model_parallel_size=parallel.pipeline,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        overlap_p2p_comm=parallel.virtual > 1,  # interleaving is wrong with batched sends on gloo, and slower on NCCL
+        batch_p2p_comm=parallel.virtual == 1,
+        context_parallel_size=parallel.context,
         pipeline_dtype=params_dtype(recipe),
         sequence_parallel=parallel.sequence,
         calculate_per_token_loss=True,  # before DDP is built, else gradients are scaled wrongly and only grad_norm shows it
@@ -51,7 +55,8 @@ def vision_config(recipe: Recipe) -> TransformerConfig:
     """SigLIP: LayerNorm, GELU (tanh), biases everywhere. It lives whole on the first pipeline stage."""
     v = recipe.model.vision
     return TransformerConfig(
-        **_common(recipe),
+        **_common(recipe, recipe.precision.recompute.vision),
+        **_fp8(recipe, "vision"),
         num_layers=v.built_layers,
         hidden_size=v.hidden_size,
         num_attention_heads=v.num_heads,
@@ -68,7 +73,7 @@ def projector_config(recipe: Recipe) -> TransformerConfig:
     """Linear, exact GELU, Linear, both with bias, as LLaVA's."""
     hidden = recipe.model.language.hidden_size
     return TransformerConfig(
-        **_common(recipe),
+        **_common(recipe, "none"),
         num_layers=1,
         hidden_size=hidden,
         ffn_hidden_size=hidden,
@@ -82,14 +87,19 @@ def params_dtype(recipe: Recipe) -> torch.dtype:
     return getattr(torch, recipe.precision.params)
 
 
-def _common(recipe: Recipe) -> dict:
-    precision = recipe.precision
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+_RECOMPUTE = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _common(recipe: Recipe, recompute: str, dropout: float = 0.0) -> dict:
     return {
         "tensor_model_parallel_size": recipe.parallel.tensor,
         "params_dtype": params_dtype(recipe),
-        "bf16": precision.params == "bfloat16",
-        "hidden_dropout": 0.0,
+        "bf16": recipe.precision.params == "bfloat16",
+        "hidden_dropout": dropout,
         "attention_dropout": 0.0,
         # model/initialize.py fills the weights, the same for every layout. (Not perform_initialization=False: the layers would then not mark
         # which weights are split, and the gradient norm would count half of them.)
@@ -104,10 +114,16 @@ def _common(recipe: Recipe) -> dict:
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
-        **(recompute if precision.recompute == "full" else {}),
+        **_RECOMPUTE[recompute],
     }
 
 
-def _fp8(recipe: Recipe) -> dict:
-    # The language model alone: its rows are aligned, while the tower's 729 patches are no multiple of what FP8 kernels take.
-    return {} if recipe.precision.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": recipe.precision.fp8}
+def _fp8(recipe: Recipe, part: str) -> dict:
+    precision = recipe.precision
+    # Whatever region of FP8 ends reduces the maxima of all, over the processes that are sure to come by: not every row has images.
+    shared = {"tp_only_amax_red": precision.fp8 != "off" and "vision" in precision.fp8_parts}
+    if precision.fp8 == "off" or part not in precision.fp8_parts:
+        return shared
+    first, last = (precision.fp8_first, precision.fp8_last) if part == "language" else (0, 0)
+    ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": first, "num_layers_at_end_in_bf16": last}
+    return {"fp8": "hybrid", "fp8_recipe": precision.fp8, **shared, **(ends if first or last else {})}

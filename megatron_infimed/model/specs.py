@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_infimed.model.attention import PackedAttention
-from megatron_infimed.optional import use_transformer_engine
+from megatron_infimed.optional import available, use_transformer_engine
 
 
 class Norm:
@@ -48,9 +48,9 @@ def vision_layer(layers: str) -> ModuleSpec:
     return _local(causal=False, qk_layernorm=False)
 
 
-def language_block(config: TransformerConfig, layers: str) -> TransformerBlockSubmodules:
-    """The Qwen3 layers of this process's pipeline stage."""
-    return block(language_layer(layers), get_num_layers_to_build(config), layers)
+def language_block(config: TransformerConfig, layers: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The Qwen3 layers of this process's pipeline stage, or of one piece of it."""
+    return block(language_layer(layers), get_num_layers_to_build(config, vp_stage), layers)
 
 
 def block(layer: ModuleSpec, num_layers: int, layers: str) -> TransformerBlockSubmodules:
@@ -84,4 +84,6 @@ def attention_kernel(layers: str) -> str:
     """What will compute attention here, for `check` and the logs."""
     if use_transformer_engine(layers):
         return "Transformer Engine, packed (THD)"
-    return "torch varlen_attn, packed" if torch.cuda.is_available() else "torch SDPA, one call a document"
+    if not torch.cuda.is_available():
+        return "torch SDPA, one call a document"
+    return "flash-attn, packed" if available("flash_attn") else "torch varlen_attn, packed"

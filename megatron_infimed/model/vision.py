@@ -35,15 +35,16 @@ class VisionTower(MegatronModule):
             post_process=False,  # the features are taken before SigLIP's final norm
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
-        self.recompute = recipe.precision.recompute == "full"
 
     def forward(self, pixels: Tensor) -> Tensor:
-        dtype = self.patch_embedding.weight.dtype
+        images, dtype = len(pixels), self.patch_embedding.weight.dtype
+        if self.config.fp8 and images % 16:  # FP8 kernels take multiples of 16 tokens, and 729 patches are odd
+            pixels = torch.cat([pixels, pixels.new_zeros(-images % 16, *pixels.shape[1:])])
         scaled = (pixels.to(torch.float32) / 127.5 - 1.0).to(dtype)  # mean = std = 0.5 of SigLIP's processor
         patches_NCHW = self.patch_embedding(scaled)
         x_NPC = patches_NCHW.flatten(2).transpose(1, 2) + self.positions(patches_NCHW.shape[-1])
         x_PNC = self.decoder(x_NPC.transpose(0, 1).contiguous(), attention_mask=None)
-        return x_PNC.transpose(0, 1)
+        return x_PNC.transpose(0, 1)[:images]
 
     def positions(self, side: int) -> Tensor:
         """Position embeddings [side * side, C] for a grid of side x side patches."""

@@ -31,12 +31,17 @@ class Ranks:
     tensor_size: int
     pipeline: int
     pipeline_size: int
+    context: int
+    context_size: int
     data: int
     data_size: int
+    """Groups of processes that each hold a row of their own (context parallel ones share theirs)."""
     device: torch.device
     data_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     tensor_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    virtual_size: int = 1
 
     @property
     def first_stage(self) -> bool:
@@ -49,7 +54,17 @@ class Ranks:
     @property
     def main(self) -> bool:
         """The one process that writes logs and manifests: it holds the loss."""
-        return self.last_stage and self.tensor == 0 and self.data == 0
+        return self.last_stage and self.tensor == 0 and self.context == 0 and self.data == 0
+
+    @property
+    def image_share(self) -> tuple[int, int]:
+        """(index, of): the part of a row's images that this process decodes, of those that hold the row."""
+        return self.context * self.tensor_size + self.tensor, self.context_size * self.tensor_size
+
+    @property
+    def speaks(self) -> bool:
+        """One process of each row's processes on the first and on the last stage: what it counts is counted once."""
+        return self.tensor == 0 and self.context == 0
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -64,17 +79,18 @@ def world_from_environment() -> tuple[int, int, int]:
     return 1, 0, 0
 
 
-def initialize(parallel: ParallelConfig, seed: int = 0, timeout_minutes: int = 30) -> Ranks:
+def initialize(parallel: ParallelConfig, first_seed: int = 0, timeout_minutes: float = 30) -> Ranks:
     """Joins the processes (NCCL with CUDA, gloo without) and builds the parallel groups.
 
     Raises:
-        UserError: tensor x pipeline does not divide the number of processes.
+        UserError: tensor x pipeline x context does not divide the number of processes.
     """
     world, rank, local_rank = world_from_environment()
     if world % parallel.model_parallel:
         raise UserError(
-            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} needs a multiple of {parallel.model_parallel} processes, there are {world}: "
-            f"start it with torchrun --nproc-per-node {parallel.model_parallel}, or set parallel.tensor and parallel.pipeline"
+            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} needs a multiple of "
+            f"{parallel.model_parallel} processes, there are {world}: start it with torchrun --nproc-per-node {parallel.model_parallel}, "
+            "or set parallel.tensor, parallel.pipeline and parallel.context"
         )
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
@@ -84,6 +100,8 @@ def initialize(parallel: ParallelConfig, seed: int = 0, timeout_minutes: int = 3
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if parallel.tensor > 1:  # Megatron-Core orders a layer's communication before its computation by having one queue (up to Hopper)
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     else:
         cpu.install()
@@ -99,10 +117,14 @@ def initialize(parallel: ParallelConfig, seed: int = 0, timeout_minutes: int = 3
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type] # only a timedelta is made of it
         create_gloo_process_groups=cuda,  # on the CPU every group is a gloo group already
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)  # layers fork this random state under sequence parallelism
-    data_group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    seed(first_seed)
+    data_group: Any = parallel_state.get_data_parallel_group()
+    context_group: Any = parallel_state.get_context_parallel_group()
     pipeline_group: Any = parallel_state.get_pipeline_model_parallel_group()
     tensor_group: Any = parallel_state.get_tensor_model_parallel_group()
     return Ranks(
@@ -112,13 +134,22 @@ def initialize(parallel: ParallelConfig, seed: int = 0, timeout_minutes: int = 3
         tensor_size=parallel.tensor,
         pipeline=dist.get_rank(pipeline_group),
         pipeline_size=parallel.pipeline,
+        context=dist.get_rank(context_group),
+        context_size=parallel.context,
         data=dist.get_rank(data_group),
         data_size=dist.get_world_size(data_group),
         device=device,
         data_group=data_group,
         pipeline_group=pipeline_group,
         tensor_group=tensor_group,
+        context_group=context_group,
+        virtual_size=parallel.virtual,
     )
+
+
+def seed(number: int) -> None:
+    """Sets the random states that layers draw from: one for all of a tensor parallel group, one for each process of it."""
+    model_parallel_cuda_manual_seed(number, force_reset_rng=True)
 
 
 def shut_down() -> None:

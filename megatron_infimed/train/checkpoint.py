@@ -1,31 +1,32 @@
-"""Checkpoints that survive kill -9, flipped bytes and a change of layout.
+"""Checkpoints that survive kill -9, flipped bytes, a full disk and a change of layout.
 
 A checkpoint is a folder `step_00001000`: Megatron-Core's torch_dist files (weights, and the distributed optimizer where it was saved),
 `state.json` (step, position, the resolved recipe, what the data was) and `sha256.json` (a hash of every other file). It is written beside its
-place as `.tmp` and renamed when whole, so a folder with a right name is complete, and its hashes tell whether it still is what was written:
-Megatron-Core itself loads flipped bytes without a word.
+place as `.tmp` and renamed when whole (saver.py), so a folder with a right name is complete, and its hashes tell whether it still is what was
+written: Megatron-Core itself loads flipped bytes without a word.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_infimed.config import ModelConfig
-from megatron_infimed.data.safe_files import sync
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
@@ -33,6 +34,7 @@ from megatron_infimed.parallel.groups import Ranks
 
 log = logging.getLogger(__name__)
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,16 @@ class Checkpoint:
     path: Path
 
     @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step_"))
+
+    @property
     def state(self) -> dict[str, Any]:
-        """state.json: step, position, recipe, data."""
-        return json.loads((self.path / "state.json").read_text())
+        """state.json: step, position, recipe, data. UserError where it cannot be read."""
+        try:
+            return json.loads((self.path / "state.json").read_bytes())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.path}/state.json cannot be read ({e}): take another checkpoint of that run") from e
 
     @property
     def model(self) -> ModelConfig:
@@ -58,12 +67,12 @@ class Checkpoint:
 
     def damaged(self, ranks: Ranks) -> list[str]:
         """Names of files that are not what was written; the processes share the reading. Called by all of them together."""
-        wanted: dict[str, str] = json.loads((self.path / "sha256.json").read_text())
-        names = sorted(wanted)
-        bad = [n for n in names[ranks.rank :: ranks.world] if _sha256(self.path / n) != wanted[n]]
-        found: list[list[str]] = [[] for _ in range(ranks.world)]
-        dist.all_gather_object(found, bad)
-        return sorted(name for part in found for name in part)
+        try:
+            wanted: dict[str, str] = json.loads((self.path / "sha256.json").read_bytes())
+            bad = [n for n in sorted(wanted)[ranks.rank :: ranks.world] if sha256(self.path / n) != wanted[n]]
+        except (OSError, ValueError):
+            bad = ["sha256.json"]
+        return sorted({name for part in gather(bad) for name in part})
 
 
 def find(path: str | os.PathLike[str]) -> Checkpoint:
@@ -98,66 +107,13 @@ def find_sound(path: str | os.PathLike[str], model: ModelConfig, ranks: Ranks) -
 
 
 def _flat(model: ModelConfig) -> dict[str, Any]:
-    parts = model.model_dump(exclude={"init_std": True, "language": {"max_positions"}})
+    parts = model.model_dump(exclude={"init_std": True, "dropout": True, "language": {"max_positions"}})
     return {f"model.{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def in_run(run: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a run directory, oldest first."""
-    return [Checkpoint(p.parent) for p in sorted(run.glob("checkpoints/step_*[0-9]/sha256.json"))]
-
-
-def save(
-    run: Path, state: dict[str, Any], model: InfiMed, optimizer: MegatronOptimizer | None, ranks: Ranks, keep: int | None = None
-) -> Checkpoint:
-    """Writes checkpoints/step_N of the run directory, N = state["step"]; all processes together. Older ones beyond `keep` go."""
-    path = run / "checkpoints" / f"step_{state['step']:08d}"
-    aside = path.with_name(path.name + ".tmp")
-    if ranks.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    with cpu.cuda_means_cpu():
-        dist_checkpointing.save(_sharded_state(model, optimizer, loading=False), str(aside), ("torch_dist", 1))
-    dist.barrier()
-    if ranks.rank == 0:
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
-        names = sorted(p.name for p in aside.iterdir())
-        (aside / "sha256.json").write_text(json.dumps({name: _sha256(aside / name) for name in names}, indent=1))
-        for name in (*names, "sha256.json"):
-            sync(aside / name)
-        shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
-        sync(path.parent)
-        if keep is not None:
-            others = [c.path for c in in_run(run) if c.path != path]
-            later = [p for p in others if p.name > path.name]  # damaged, passed over on resumption: they must not push good ones out
-            before = [p for p in others if p.name < path.name]
-            for old in (*later, *before[: max(0, len(before) - (keep - 1))]):
-                shutil.rmtree(old)
-    dist.barrier()
-    return Checkpoint(path)
-
-
-def load_weights(checkpoint: Checkpoint, model: InfiMed) -> None:
-    """Reads the weights into a model of any layout; all processes together.
-
-    Raises:
-        UserError: the checkpoint is of another model, or cannot be read.
-    """
-    with _readable(checkpoint), cpu.cuda_means_cpu():
-        sharded = _sharded_state(model, None, loading=True)
-        loaded: Any = dist_checkpointing.load(sharded, str(checkpoint.path))
-        model.load_state_dict(loaded["model"])
-
-
-def load_all(checkpoint: Checkpoint, model: InfiMed, optimizer: MegatronOptimizer) -> None:
-    """Reads weights and optimizer, resharding both where the layout is another one; all processes together."""
-    with _readable(checkpoint), cpu.cuda_means_cpu():
-        sharded = _sharded_state(model, optimizer, loading=True)
-        loaded: Any = dist_checkpointing.load(sharded, str(checkpoint.path))
-        model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
+    """The complete checkpoints of a run directory, sound or not, oldest first."""
+    return [Checkpoint(p) for p in sorted(run.glob("checkpoints/step_*")) if re.fullmatch(r"step_\d+", p.name)]
 
 
 def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
@@ -174,23 +130,60 @@ def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
     return None
 
 
-def _sharded_state(model: InfiMed, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": model.sharded_state_dict()}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=_RESHARDABLE)
-    return state
+def load_weights(checkpoint: Checkpoint, pieces: Sequence[InfiMed]) -> None:
+    """Reads the weights into this process's pieces of the model, in any layout; all processes together.
+
+    Raises:
+        UserError: the checkpoint is of another model, or cannot be read.
+    """
+    _load(checkpoint, pieces, None)
 
 
-@contextlib.contextmanager
-def _readable(checkpoint: Checkpoint):
+def load_all(checkpoint: Checkpoint, pieces: Sequence[InfiMed], optimizer: MegatronOptimizer) -> None:
+    """Reads weights and optimizer, resharding both where the layout is another one; all processes together. Raises like `load_weights`."""
+    _load(checkpoint, pieces, optimizer)
+
+
+def _load(checkpoint: Checkpoint, pieces: Sequence[InfiMed], optimizer: MegatronOptimizer | None) -> None:
     try:
-        yield
+        with cpu.cuda_means_cpu():
+            wanted = sharded_state(pieces, optimizer, loading=True)
+            found: Any = dist_checkpointing.load(wanted, str(checkpoint.path), strict=StrictHandling.RETURN_UNEXPECTED)
+            loaded, _, absent = found
+            for name, piece in _named(pieces).items():
+                absent |= set(piece.load_state_dict(loaded[name], strict=False).missing_keys)
+            # Transformer Engine's FP8 figures are not in what local layers saved: they stay as they are. All else must be there.
+            if lacking := sorted(name for name in absent if not name.endswith("._extra_state")):
+                raise KeyError(f"it lacks {', '.join(lacking)}")
+            if optimizer is not None:
+                optimizer.load_state_dict(loaded["optimizer"])
     except (CheckpointingException, KeyError, RuntimeError, CheckpointException) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"{checkpoint.path}: does not load into this model ({reason}): is it of another recipe?") from e
 
 
-def _sha256(path: Path) -> str:
+def sharded_state(pieces: Sequence[InfiMed], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+    """What this process holds (or wants) of a checkpoint, in Megatron-Core's terms."""
+    state: dict[str, Any] = {name: piece.sharded_state_dict() for name, piece in _named(pieces).items()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=_RESHARDABLE)
+    return state
+
+
+def _named(pieces: Sequence[InfiMed]) -> dict[str, InfiMed]:
+    """Names for this process alone: in the files a tensor goes by its global name, whichever piece holds it."""
+    return {"model": pieces[0]} if len(pieces) == 1 else {f"model{i}": piece for i, piece in enumerate(pieces)}
+
+
+def gather(mine: T) -> list[T]:
+    """What each process holds, by rank; all processes together."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, or why it cannot be read."""
     try:
         with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()

@@ -8,13 +8,13 @@ neither Transformer Engine nor apex is installed, `Adam` below is that shape aro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core import optimizer as core_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, distrib_optimizer
 from torch.optim.adam import adam
 
 from megatron_infimed import config
@@ -66,22 +66,31 @@ def _bind_adam() -> None:
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
-def wrap_and_optimize(model: InfiMed, recipe: config.Recipe) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """The model with Megatron's gradient buffers around it, and the optimizer over them."""
+def wrap_and_optimize(pieces: Sequence[InfiMed], recipe: config.Recipe) -> tuple[list[DistributedDataParallel], ChainedOptimizer]:
+    """The model's pieces with Megatron's gradient buffers around them, and the optimizer over all."""
     _bind_adam()
-    settings = recipe.optimizer
+    settings, overlap = recipe.optimizer, recipe.parallel.overlap
     with cpu.cuda_means_cpu():
-        wrapped = DistributedDataParallel(
-            config=model.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=False,
-            ),
-            module=model,
-        )
-        wrapped.broadcast_params()
-        optimizer = core_optimizer.get_megatron_optimizer(
+        wrapped = [
+            DistributedDataParallel(
+                config=piece.config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=overlap,
+                    overlap_param_gather=overlap,
+                ),
+                module=piece,
+                disable_bucketing=number > 0,  # a stage's later pieces have time enough to be reduced whole
+            )
+            for number, piece in enumerate(pieces)
+        ]
+        for one in wrapped:
+            one.broadcast_params()
+        if overlap:  # gradients travel in the last micro-batch alone
+            no_sync = [one.no_sync for one in wrapped]
+            pieces[0].config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]  # type: ignore[assignment]
+        optimizer: Any = core_optimizer.get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=settings.lr,
@@ -94,8 +103,9 @@ def wrap_and_optimize(model: InfiMed, recipe: config.Recipe) -> tuple[Distribute
                 bf16=recipe.precision.params == "bfloat16",
                 params_dtype=presets.params_dtype(recipe),
                 use_distributed_optimizer=True,
+                overlap_param_gather=overlap,
             ),
-            [wrapped],
+            wrapped,  # type: ignore[arg-type] # a list of its subclass
             use_gloo_process_groups=torch.cuda.is_available(),
         )
     return wrapped, optimizer

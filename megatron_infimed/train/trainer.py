@@ -10,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
+import platform
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_infimed import __version__
 from megatron_infimed import log as logs
-from megatron_infimed.config import Recipe, dump_recipe
+from megatron_infimed.config import Recipe
 from megatron_infimed.data.chat import Tokenizer, load_tokenizer
 from megatron_infimed.data.decode import make_decoder
 from megatron_infimed.data.loader import Loader
@@ -29,16 +32,20 @@ from megatron_infimed.data.saved_plan import plan_of
 from megatron_infimed.data.schedule import Position, Schedule
 from megatron_infimed.data.shards import Shard
 from megatron_infimed.errors import UserError
-from megatron_infimed.model.infimed import InfiMed
+from megatron_infimed.model.infimed import build_pieces
 from megatron_infimed.model.initialize import initialize_weights
 from megatron_infimed.optional import REMEDY, use_transformer_engine
-from megatron_infimed.parallel import cpu, groups
+from megatron_infimed.parallel import groups
 from megatron_infimed.parallel.groups import Ranks
+from megatron_infimed.recipe_files import dump_recipe
 from megatron_infimed.train import checkpoint
 from megatron_infimed.train.checkpoint import Checkpoint
+from megatron_infimed.train.guards import Guards, Verdict, name_culprits
 from megatron_infimed.train.metrics import Metrics
 from megatron_infimed.train.optimizer import wrap_and_optimize
-from megatron_infimed.train.step import Run, StepResult, train_step
+from megatron_infimed.train.saver import Saver
+from megatron_infimed.train.step import Run, forward_backward, train_step
+from megatron_infimed.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ def fit(recipe: Recipe) -> bool:
     Raises:
         UserError: the recipe does not suit the processes, the data or what the run directory already holds; or training diverged.
     """
-    ranks = groups.initialize(recipe.parallel, recipe.seed)
+    ranks = groups.initialize(recipe.parallel, recipe.seed, recipe.guards.timeout_minutes)
     run_dir = Path(recipe.output)
     logs.set_up(ranks.main, run_dir / "log", ranks.rank)
     if problems := recipe.problems(ranks.world):
@@ -60,8 +67,8 @@ def fit(recipe: Recipe) -> bool:
         )
     tokenizer, shards = open_data(recipe)
     schedule = plan_of(recipe, shards, builds=ranks.rank == 0)
-    start_from = checkpoint.find_sound(recipe.init_from, recipe.model, ranks) if recipe.init_from else None
-    identity = _identity(recipe, schedule, shards, start_from)
+    start_from, fingerprint = _start(recipe, run_dir, ranks)
+    identity = _identity(recipe, schedule, shards, fingerprint)
     last_step = min(schedule.total_steps, recipe.max_steps or schedule.total_steps)
     if _is_done(run_dir, identity, last_step, ranks):
         log.info("%s: done before, nothing to do", run_dir)
@@ -70,13 +77,94 @@ def fit(recipe: Recipe) -> bool:
     newest = checkpoint.newest_sound(run_dir, ranks)
     if newest is not None:
         _refuse_other(run_dir, newest.state["identity"], identity)
-    run = _build(recipe, ranks, schedule.total_steps, newest, start_from)
+    elif recipe.init_from and start_from is None:  # all of this run's checkpoints were damaged
+        start_from = checkpoint.find_sound(recipe.init_from, recipe.model, ranks)
     first_step = schedule.step_at(Position(*newest.state["position"])) if newest else 0
+    run = _build(recipe, ranks, schedule.total_steps, newest, start_from)
     if ranks.rank == 0:
         (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     _announce(recipe, ranks, schedule, first_step, newest, start_from)
+    loader = _loader(recipe, ranks, tokenizer, shards, schedule)
+    run.waited = lambda: loader.wait_seconds
+    about = {
+        "format": 1,
+        "version": __version__,
+        "recipe": recipe.model_dump(mode="json"),
+        "identity": identity,
+        "data": {s.prefix: _counts(shard) for s, shard in zip(recipe.data.sources, shards, strict=True)},
+    }
+    try:
+        step, saved = _walk(run, loader, schedule, first_step, last_step, Saver(run_dir, ranks, recipe.checkpoint, newest), about)
+    finally:
+        loader.close()
+    if step < last_step:
+        log.info("%s: stopped by a signal after step %d, saved in %s; start it again to continue", run_dir, step, saved.path)
+        return False
+    if ranks.rank == 0:
+        done = {"identity": identity, "step": step, "checkpoint": saved.path.name, "checkpoint_sha256": saved.fingerprint}
+        _write_whole(run_dir / "DONE", json.dumps(done, indent=1))
+    log.info("%s: done after step %d, weights in %s", run_dir, step, saved.path)
+    return True
 
-    loader = Loader(
+
+def _walk(
+    run: Run, loader: Loader, schedule: Schedule, first_step: int, last_step: int, saver: Saver, about: dict[str, Any]
+) -> tuple[int, Checkpoint]:
+    """Trains the steps from `first_step` on, until `last_step` or a signal; how many are done, and the checkpoint of that."""
+    recipe, ranks, run_dir = run.recipe, run.ranks, Path(run.recipe.output)
+    hosts = _hosts(ranks)
+    metrics = Metrics(recipe, run_dir, first_step, schedule.total_steps, hosts) if ranks.main else None
+    step, saved_at = first_step, saver.newest.step if saver.newest else None
+
+    def save() -> None:
+        nonlocal saved_at
+        run.at("save", step - 1)
+        position = list(schedule.position_after(step - 1))
+        saver.save({**about, "step": step, "position": position, "recent_losses": run.guards.state()}, run.models, run.optimizer)
+        saved_at = step
+        if metrics:
+            metrics.pause()
+
+    with Watchdog(run_dir, ranks.rank, ranks.world, recipe.guards.hang_minutes, ranks.main, hosts) as watchdog, _stop_on_signal(run):
+        run.at = lambda place, at: watchdog.at(place, at + 1)
+        for batches in loader.iterate(first_step, last_step):
+            phase = schedule.phases[schedule.locate(step)[0]]
+            if phase.number != schedule.locate(max(step - 1, 0))[0]:
+                run.guards.reset()
+            result = train_step(run, step, batches)
+            if metrics:
+                metrics.record(step + 1, phase, result)
+            _heed(run, result.verdict, step, loader)
+            step += 1
+            saver.poll()
+            if result.stop:
+                break
+            if recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < last_step:
+                save()
+        if saved_at != step:
+            save()
+        saved = saver.finish()
+    if metrics:
+        metrics.close()
+    return step, saved
+
+
+def _heed(run: Run, verdict: Verdict, step: int, loader: Loader) -> None:
+    """Says what the guards have found in a step, and stops where they say so."""
+    reason = verdict.reason
+    if reason and verdict.kind == "nonfinite":
+        run.at("suspects", step)
+        path = Path(run.recipe.output) / "suspects.jsonl"
+        again = partial(forward_backward, run, step)
+        reason += "; " + name_culprits(run.pieces, loader.microbatches(step), lambda b: again(b)[0], run.ranks, loader.name, path, step + 1)
+    if verdict.action == "stop":
+        raise UserError(f"step {step + 1}: {reason}")
+    if reason:
+        log.warning("step %d: %s", step + 1, reason)
+
+
+def _loader(recipe: Recipe, ranks: Ranks, tokenizer: Tokenizer, shards: list[Shard], schedule: Schedule) -> Loader:
+    return Loader(
         recipe,
         shards,
         schedule,
@@ -86,52 +174,28 @@ def fit(recipe: Recipe) -> bool:
         dp_rank=ranks.data,
         dp_size=ranks.data_size,
         with_images=ranks.first_stage,
+        share=ranks.image_share,
         pin_memory=ranks.device.type == "cuda",
     )
-    metrics = Metrics(recipe, run_dir, first_step, schedule.total_steps, ranks.world) if ranks.main else None
 
-    def save(step: int) -> Checkpoint:
-        state = {
-            "format": 1,
-            "version": __version__,
-            "step": step,
-            "position": list(schedule.position_after(step - 1)),
-            "recipe": recipe.model_dump(mode="json"),
-            "identity": identity,
-            "data": {s.prefix: _counts(shard) for s, shard in zip(recipe.data.sources, shards, strict=True)},
-        }
-        return checkpoint.save(run_dir, state, run.bare_model, run.optimizer, ranks, keep=recipe.checkpoint.keep)
 
-    step, saved = first_step, newest if newest is not None and first_step else None
-    with _stop_on_signal(run):
-        waited = 0.0
-        for batches in loader.iterate(first_step, last_step):
-            result = train_step(run, step, batches)
-            _check_finite(result, step + 1, saved)
-            phase = schedule.phases[schedule.locate(step)[0]]
-            step, saved = step + 1, None
-            if metrics:
-                metrics.record(step, phase, result, loader.wait_seconds - waited)
-            waited = loader.wait_seconds
-            if result.stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0 and step < last_step):
-                saved = save(step)
-                if metrics:
-                    metrics.pause()
-            if result.stop:
-                break
-        stopped = step < last_step
-        saved = saved or save(step)
-    loader.close()
-    if metrics:
-        metrics.close()
-    if stopped:
-        log.info("%s: stopped by a signal after step %d, saved in %s; start it again to continue", run_dir, step, saved.path)
-        return False
-    if ranks.rank == 0:
-        done = {"identity": identity, "step": step, "checkpoint": saved.path.name, "checkpoint_sha256": saved.fingerprint}
-        _write_whole(run_dir / "DONE", json.dumps(done, indent=1))
-    log.info("%s: done after step %d, weights in %s", run_dir, step, saved.path)
-    return True
+def _hosts(ranks: Ranks) -> list[str]:
+    names = [""] * ranks.world
+    dist.all_gather_object(names, platform.node())
+    return names
+
+
+def _start(recipe: Recipe, run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint whose weights a fresh run takes, and its fingerprint. A run that has checkpoints of its own needs it no more."""
+    if recipe.init_from is None:
+        return None, None
+    if not (own := checkpoint.in_run(run_dir)):
+        found = checkpoint.find_sound(recipe.init_from, recipe.model, ranks)
+        return found, found.fingerprint
+    try:
+        return None, checkpoint.find(recipe.init_from).fingerprint
+    except UserError:
+        return None, own[-1].state["identity"]["init_from"]
 
 
 def open_data(recipe: Recipe) -> tuple[Tokenizer, list[Shard]]:
@@ -159,34 +223,35 @@ def _counts(shard: Shard) -> dict[str, int]:
 
 
 def _build(recipe: Recipe, ranks: Ranks, total_steps: int, newest: Checkpoint | None, start_from: Checkpoint | None) -> Run:
-    with cpu.cuda_means_cpu():
-        model = InfiMed(recipe, ranks).to(ranks.device)
+    models = build_pieces(recipe, ranks)
     if newest is None and start_from is not None:
-        checkpoint.load_weights(start_from, model)  # before the optimizer copies them
+        checkpoint.load_weights(start_from, models)  # before the optimizer copies them
     elif newest is None:
-        initialize_weights(model, recipe)
-    wrapped, optimizer = wrap_and_optimize(model, recipe)
+        for model in models:
+            initialize_weights(model, recipe)
+    pieces, optimizer = wrap_and_optimize(models, recipe)
     if newest is not None:
-        checkpoint.load_all(newest, model, optimizer)
-    return Run(recipe, ranks, wrapped, optimizer, total_steps)
+        checkpoint.load_all(newest, models, optimizer)
+    guards = Guards(recipe.guards, newest.state["recent_losses"] if newest else ())
+    return Run(recipe, ranks, pieces, optimizer, total_steps, guards)
 
 
 # What a run directory's checkpoints depend on. Everything else (layout, logging, decoder, how long to run) may change on resumption.
 _FREE = {
-    "output": ..., "parallel": ..., "checkpoint": ..., "log": ..., "max_steps": ..., "init_from": ...,
+    "output": ..., "parallel": ..., "checkpoint": ..., "guards": ..., "log": ..., "max_steps": ..., "init_from": ...,
     "precision": {"layers", "recompute"},
     "data": {"decoder", "decode_threads", "prefetch", "sources", "tokenizer", "max_corrupt"},
-    "batch": {"micro_rows"},
+    "batch": {"micro_rows", "vision_images", "loss_tokens"},
 }  # fmt: skip
 
 
-def _identity(recipe: Recipe, schedule: Schedule, shards: list[Shard], start_from: Checkpoint | None) -> dict[str, Any]:
+def _identity(recipe: Recipe, schedule: Schedule, shards: list[Shard], init_from: str | None) -> dict[str, Any]:
     kept = recipe.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
     return {
         **{f"recipe.{name}": value for name, value in kept.items()},
         "documents and rows": schedule.fingerprint,
         "data files": [hashlib.sha256(json.dumps(s.manifest["files"], sort_keys=True).encode()).hexdigest() for s in shards],
-        "init_from": start_from.fingerprint if start_from else None,
+        "init_from": init_from,
     }
 
 
@@ -210,20 +275,14 @@ def _is_done(run_dir: Path, identity: dict[str, Any], last_step: int, ranks: Ran
 def _announce(
     recipe: Recipe, ranks: Ranks, schedule: Schedule, first_step: int, newest: Checkpoint | None, start: Checkpoint | None
 ) -> None:
-    layout = f"TP{ranks.tensor_size} PP{ranks.pipeline_size} DP{ranks.data_size}{' SP' if recipe.parallel.sequence else ''}"
+    sizes = {"TP": ranks.tensor_size, "PP": ranks.pipeline_size, "VPP": ranks.virtual_size, "CP": ranks.context_size, "DP": ranks.data_size}
+    layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one copy"
+    layout += " SP" * recipe.parallel.sequence
     weights = f"resumed from {newest.path}" if newest else f"weights of {start.path}" if start else "fresh weights"
     log.info(
         "%s: %d steps (%d done), %s on %d process%s, %s",
         recipe.stage, schedule.total_steps, first_step, layout, ranks.world, "es" if ranks.world > 1 else "", weights,
     )  # fmt: skip
-
-
-def _check_finite(result: StepResult, step: int, saved: Checkpoint | None) -> None:
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise UserError(
-            f"step {step}: loss {result.loss}, grad_norm {result.grad_norm}: training has diverged; "
-            "start it again from its last checkpoint with a lower optimizer.lr in a new output, or look at the data of this step"
-        )
 
 
 @contextmanager

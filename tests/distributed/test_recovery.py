@@ -1,16 +1,40 @@
-"""Killed at any moment, damaged on disk, stopped by a signal: training goes on with bitwise the same losses, or says what is wrong."""
+"""Killed at any moment, damaged on disk, stopped by a signal, out of space: training goes on with bitwise the same losses, or says what is wrong.
+
+INFIMED_KILLS=20 runs the twenty kills in full (four minutes on two cores); without it there are a few.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from megatron.core import dist_checkpointing
 
+from megatron_infimed.config import ParallelConfig
+from megatron_infimed.parallel import cpu, groups
+from megatron_infimed.train.checkpoint import Checkpoint, in_run
 from tests.distributed import runs
 
 SETTINGS = ["batch.rows=2", "checkpoint.every=2", "max_steps=8"]
+KILLS = int(os.environ.get("INFIMED_KILLS", "3"))
+# Over the whole schedule, with its change of resolution; one row in each of two processes, or two micro-batches through two stages.
+KILLED = ["batch.rows=2", "checkpoint.every=2"]
+LAYOUTS = {
+    "DP2-overlap": ["parallel.overlap=true", "checkpoint.background=true", "model.dropout=0.1"],
+    "TP2-SP": ["parallel.tensor=2", "parallel.sequence=true"],
+    "PP2": ["parallel.pipeline=2", "checkpoint.background=true"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +44,10 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
+    """Undisturbed; beside it the same run saving in the background. Both keep every checkpoint."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    runs.train(recipe, output, *SETTINGS, processes=2)
+    behind = [*SETTINGS, "checkpoint.keep=9", "checkpoint.background=true"]
+    runs.train_all(recipe, [(output, [*SETTINGS, "checkpoint.keep=9"]), (output.with_name("behind"), behind)], processes=2)
     return output
 
 
@@ -37,6 +63,20 @@ def resume_equals(recipe, output, whole, *more):
     return text
 
 
+def test_saved_in_the_background_is_the_same(whole):
+    behind = whole.with_name("behind")
+    assert runs.figures(behind) == runs.figures(whole)
+    assert [c.step for c in in_run(behind)] == [c.step for c in in_run(whole)] == [2, 4, 6, 8]
+    for one, other in zip(in_run(behind), in_run(whole), strict=True):
+        a, b = (json.loads((c.path / "sha256.json").read_text()) for c in (one, other))
+        assert {a[name] for name in a if name.endswith(".distcp")} == {b[name] for name in b if name.endswith(".distcp")}
+
+
+def test_every_process_writes_its_share(whole):
+    sizes = [path.stat().st_size for path in (whole / "checkpoints/step_00000008").glob("*.distcp")]
+    assert len(sizes) == 2 and max(sizes) < 1.1 * min(sizes)  # measured: 1.03; a tensor is not divided
+
+
 def test_kill_in_a_step(recipe, whole, tmp_path):
     process = runs.start(recipe, tmp_path, *SETTINGS, processes=2)
     runs.kill_when(process, lambda: lines(tmp_path) == 5)
@@ -46,7 +86,7 @@ def test_kill_in_a_step(recipe, whole, tmp_path):
 
 def test_kill_in_a_save(recipe, whole, tmp_path):
     process = runs.start(recipe, tmp_path, *SETTINGS, processes=2)
-    runs.kill_when(process, lambda: (tmp_path / "checkpoints/step_00000004.tmp/common.pt").exists())
+    runs.kill_when(process, (tmp_path / "checkpoints/step_00000004.tmp").exists)
     assert not (tmp_path / "checkpoints/step_00000004").exists()
     assert "step_00000002" in resume_equals(recipe, tmp_path, whole)
     assert not list(tmp_path.glob("checkpoints/*.tmp"))
@@ -76,6 +116,28 @@ def test_damaged_checkpoint_falls_back(recipe, whole, tmp_path):
     assert f"{newest.name} is damaged ({victim.name})" in text
 
 
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 5 MiB; a checkpoint takes 2."""
+    folder.mkdir(parents=True)
+    if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("a small disk can be made by root alone; tests/unit/test_checkpoint.py has the kernel's limit on file sizes")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk(recipe, whole, tmp_path):
+    """Found in the background by the writer of step 6; with more space the run goes on from step 4."""
+    with small_disk(tmp_path / "checkpoints"):
+        text = runs.train(recipe, tmp_path, *SETTINGS, "checkpoint.background=true", processes=2, code=1)  # 1 is torchrun's
+        assert "cannot write it (No space left on device" in text and "step_00000004 is the newest complete one" in text
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+        subprocess.run(["mount", "-o", "remount,size=20m", tmp_path / "checkpoints"], check=True)
+        assert "step_00000004" in resume_equals(recipe, tmp_path, whole)
+
+
 def test_done_is_skipped_and_another_recipe_is_refused(recipe, whole):
     before = (whole / "metrics.jsonl").read_bytes()
     assert "nothing to do" in runs.train(recipe, whole, *SETTINGS)
@@ -101,3 +163,63 @@ def test_errors_are_one_line(recipe, tmp_path):
     ]:
         text = runs.train(recipe, tmp_path / "run", *overrides, code=2)
         assert message in text and "Traceback" not in text, text
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    runs.train_all(recipe, [(folder / name, [*KILLED, *words]) for name, words in LAYOUTS.items()], processes=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_kills_at_random_moments(recipe, undisturbed, tmp_path, name):
+    """Killed again and again, in a step or in a save, then left alone: bitwise the figures of the undisturbed run, and no process left."""
+    chance, settings = random.Random(name), [*KILLED, *LAYOUTS[name]]
+    wanted = runs.figures(undisturbed / name)
+    for number in range(list(LAYOUTS).index(name), KILLS, len(LAYOUTS)):
+        newest = max((c.step for c in in_run(tmp_path)), default=0)
+        moment = _moment(tmp_path, newest, len(wanted), chance, in_save=number % 2 == 0)
+        runs.kill_when(runs.start(recipe, tmp_path, *settings, processes=2), moment)
+        assert not (tmp_path / "DONE").exists(), "the run was over before the kill"
+        assert not [p for p in psutil.process_iter(["cmdline"]) if f"output={tmp_path}" in (p.info["cmdline"] or [])]
+        torn = [p.name for p in tmp_path.glob("checkpoints/*.tmp")]
+        print(f"{name}, kill {number + 1}: resumed from step {newest}, killed after step {lines(tmp_path)}", *torn)
+    left = in_run(tmp_path)
+    text = runs.train(recipe, tmp_path, *settings, processes=2)
+    assert f"resumed from {left[-1].path}" in text if left else "fresh weights" in text
+    assert runs.figures(tmp_path) == wanted and (tmp_path / "DONE").exists()
+    assert not list(tmp_path.glob("checkpoints/*.tmp"))
+    assert not _stale(in_run(tmp_path)[-1]), "weights in the checkpoint are not those that the optimizer has made"
+
+
+def _moment(output: Path, newest: int, steps: int, chance: random.Random, in_save: bool) -> Callable[[], bool]:
+    """True from a random moment of the run that is about to start: some time after a step's line, or after a save has begun."""
+    figures, before = output / "metrics.jsonl", _inode(output / "metrics.jsonl")
+    step = min(newest + chance.choice([1, 3]), steps)  # nothing is saved after odd ones
+    aside = output / f"checkpoints/step_{min(newest + chance.choice([2, 4]), steps):08d}.tmp"
+    delay, begun = chance.uniform(0, 0.5 if in_save else 0.05), 0.0
+
+    def reached() -> bool:
+        nonlocal begun
+        resumed = _inode(figures) != before  # it writes the file anew: lines and folders of the attempt before do not count
+        if not begun and resumed and (aside.exists() if in_save else lines(output) >= step):
+            begun = time.monotonic()
+        return bool(begun) and time.monotonic() >= begun + delay
+
+    return reached
+
+
+def _inode(path: Path) -> int:
+    return path.stat().st_ino if path.exists() else 0
+
+
+def _stale(checkpoint: Checkpoint) -> list[str]:
+    """Names of weights that differ from the optimizer's copy of them (float32: they are the same numbers)."""
+    groups.initialize(ParallelConfig())
+    with cpu.cuda_means_cpu():
+        held = dist_checkpointing.load_plain_tensors(str(checkpoint.path))
+    groups.shut_down()
+    mains = {name: tensor for name, tensor in held.items() if name.startswith("optimizer.state.param.")}
+    assert mains
+    return [name for name, main in mains.items() if not torch.equal(main, held[name.removeprefix("optimizer.state.param.")])]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import sys
 
-from megatron_infimed.config import load_recipe
 from megatron_infimed.parallel import groups
+from megatron_infimed.recipe_files import load_recipe
 from megatron_infimed.train.trainer import fit
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from megatron_infimed.data.batch import PackedBatch, pack_rows
 from megatron_infimed.data.shards import Document
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import groups
-from megatron_infimed.train import checkpoint
+from megatron_infimed.train import checkpoint, saver
 from tests.tiny import tiny_tokenizer
 
 VOCABULARY, IMAGE_ID, PAD_ID, END_ID = 512, 398, 392, 394
@@ -85,7 +85,7 @@ def save(folder: Path, model: InfiMed, recipe: Recipe, phase: PhaseConfig, step:
     """The model as a checkpoint of a run whose last phase is `phase`."""
     recipe = recipe.model_copy(update={"schedule": (phase,), "stage": "sft_medical"})
     state = {"step": step, "position": [0, step], "recipe": recipe.model_dump(mode="json"), "data": {}}
-    return checkpoint.save(folder, state, model, None, groups.initialize(recipe.parallel))
+    return saver.save(folder, state, [model], None, groups.initialize(recipe.parallel))
 
 
 def documents(images: list[int], seed: int = 0) -> list[Document]:

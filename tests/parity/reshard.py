@@ -10,7 +10,7 @@ import torch
 from megatron_infimed.config import ParallelConfig, Recipe
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu, groups
-from megatron_infimed.train import checkpoint
+from megatron_infimed.train import checkpoint, saver
 
 
 def main(source: str, output: str, tensor: int, pipeline: int) -> None:
@@ -20,13 +20,13 @@ def main(source: str, output: str, tensor: int, pipeline: int) -> None:
     ranks = groups.initialize(parallel)
     with cpu.cuda_means_cpu():
         model = InfiMed(recipe, ranks)
-    checkpoint.load_weights(found, model)
+    checkpoint.load_weights(found, [model])
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(2)
     state = {**found.state, "step": 1, "recipe": recipe.model_dump(mode="json")}
     state.pop("imported", None)
-    checkpoint.save(Path(output), state, model, None, ranks)
+    saver.save(Path(output), state, [model], None, ranks)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from megatron_infimed.config import Recipe
 from megatron_infimed.data.batch import PackedBatch, length, pack_rows
 from megatron_infimed.data.shards import Document
 from megatron_infimed.model import attention
-from megatron_infimed.model.infimed import InfiMed
+from megatron_infimed.model.infimed import build_pieces
 from megatron_infimed.model.initialize import initialize_weights
-from megatron_infimed.parallel import cpu, groups
+from megatron_infimed.parallel import groups
+from megatron_infimed.train.guards import Guards
 from megatron_infimed.train.optimizer import wrap_and_optimize
 from megatron_infimed.train.step import Run, train_step
 
@@ -78,10 +79,9 @@ def train(way) -> list[tuple[float, float]]:
     settings = recipe()
     ranks = groups.initialize(settings.parallel)
     try:
-        with cpu.cuda_means_cpu():
-            model = InfiMed(settings, ranks)
-        initialize_weights(model, settings)
-        run = Run(settings, ranks, *wrap_and_optimize(model, settings), total_steps=10)
+        models = build_pieces(settings, ranks)
+        initialize_weights(models[0], settings)
+        run = Run(settings, ranks, *wrap_and_optimize(models, settings), total_steps=10, guards=Guards(settings.guards))
         results = [train_step(run, step, way(documents(step))) for step in range(3)]
         return [(r.loss, r.grad_norm) for r in results]
     finally:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infimed.config import Recipe, dump_recipe, load_recipe
+from megatron_infimed.config import Recipe
 from megatron_infimed.errors import UserError
+from megatron_infimed.recipe_files import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("launch/recipes/*.yaml"), *ROOT.glob("examples/quickstart/recipes/*.yaml")])

@@ -204,5 +204,5 @@ def test_dali_honours_exif(dali):
 def test_make_decoder(monkeypatch):
     assert isinstance(make_decoder("auto", 1, "cpu"), TorchDecoder)
     monkeypatch.setattr(optional, "available", lambda package: False)
-    with pytest.raises(UserError, match=r"pip install megatron-infimed\[dali\]"):
+    with pytest.raises(UserError, match=r"pip install -e .\[dali\]"):
         make_decoder("dali", 1, "cpu")

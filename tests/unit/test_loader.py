@@ -4,6 +4,7 @@ import itertools
 import logging
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_infimed.config import SourceConfig
+from megatron_infimed.config import ParallelConfig, SourceConfig
 from megatron_infimed.data.batch import pack_rows
 from megatron_infimed.data.chat import load_tokenizer
 from megatron_infimed.data.decode import GRAY, TorchDecoder
@@ -102,28 +103,44 @@ def two_phases():
     return config, [shard], build_schedule(config, [shard])
 
 
-@pytest.mark.parametrize("dp_size, micro_rows", [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (4, 2)])
-def test_the_global_batch_is_the_same_for_every_layout(two_phases, dp_size, micro_rows):
+def by_row(batches, schedule):
+    """(phase, row) -> its documents, tokens, labels and pixels, whatever the micro-batches."""
+    found = {}
+    for b in batches:
+        t, phase, place = b.tokens_per_image, schedule.phases[b.phase], 0
+        for number, documents, tokens, labels in zip(b.rows, b.documents, b.tokens.split(32), b.labels.split(32), strict=True):
+            images = int((tokens == PICTURE).sum()) // t
+            assert documents == phase.row(number) and (b.phase, number) not in found
+            pixels = b.pixels[place : place + images].tolist() if images else []
+            found[b.phase, number] = documents, tokens.tolist(), labels.tolist(), pixels
+            place += images
+        assert place == b.counts.images == (0 if b.pixels is None else len(b.pixels))
+    return found
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("dp_size, micro_rows", [(1, 1), (2, 1), (4, 1), (8, 1), (1, 4), (2, 2), (4, 2)])
+def test_the_global_batch_is_the_same_for_every_layout(two_phases, dp_size, micro_rows, balance):
     config, shards, schedule = two_phases
-    split = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": micro_rows})})
-    ranks = [loader(split, shards, schedule, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
+    changes = {"batch": config.batch.model_copy(update={"micro_rows": micro_rows}), "parallel": ParallelConfig(balance=balance)}
+    ranks = [loader(config.model_copy(update=changes), shards, schedule, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
     for step in range(schedule.total_steps):
         phase, first = schedule.locate(step)
-        expected = [schedule.phases[phase].row(first + i) for i in range(8)]
-        # micro-batch by micro-batch, rank by rank, the rows come in the order of the plan
-        batches = [rank.microbatches(step) for rank in ranks]
-        assert [row for parts in zip(*batches, strict=True) for b in parts for row in b.documents] == expected
-        whole = loader(config, shards, schedule).microbatches(step)
-        flat = [b for parts in zip(*batches, strict=True) for b in parts]
-        assert torch.equal(torch.cat([b.tokens for b in flat]), torch.cat([b.tokens for b in whole]))
-        pixels = [torch.cat([b.pixels for b in part if b.pixels is not None]) for part in (flat, whole)]
-        assert torch.equal(*pixels)
+        batches = [list(rank.microbatches(step)) for rank in ranks]
+        assert {len(of_rank) for of_rank in batches} == {8 // (dp_size * micro_rows)}
+        together = [b for parts in zip(*batches, strict=True) for b in parts]
+        rows = by_row(together, schedule)
+        assert rows == by_row(loader(config, shards, schedule).microbatches(step), schedule)
+        assert sorted(rows) == [(phase, first + i) for i in range(8)]
+        if not balance:  # micro-batch by micro-batch, rank by rank, the rows come in the order of the plan
+            assert list(rows) == sorted(rows)
 
 
 def test_every_document_once_and_the_last_batch_is_filled_with_empty_rows(two_phases):
     config, shards, schedule = two_phases
     seen, rows = [], 0
     for batches in loader(config, shards, schedule).iterate(0, schedule.total_steps):
+        assert len(batches) == 8
         for b in batches:
             seen += [d for row in b.documents for _, d in row]
             rows += 1
@@ -148,8 +165,7 @@ def test_sizes_follow_the_phase(two_phases):
 @pytest.mark.parametrize("start", [0, 2, 3])
 def test_resume_goes_on_with_the_same_batches(two_phases, start):
     config, shards, schedule = two_phases
-    whole = list(loader(config, shards, schedule).iterate(0, schedule.total_steps))
-    tail = list(loader(config, shards, schedule).iterate(start, schedule.total_steps))
+    whole, tail = ([list(step) for step in loader(config, shards, schedule).iterate(s, schedule.total_steps)] for s in (0, start))
     assert len(tail) == len(whole) - start
     for a, b in zip(whole[start:], tail, strict=True):
         assert all(same(x, y) for x, y in zip(a, b, strict=True))
@@ -184,9 +200,30 @@ def test_too_many_corrupt_images_stop_the_run_with_names():
     config = recipe(rows=1, max_corrupt=2)
     bad = loader(config, [shard])
     with pytest.raises(UserError, match=r"3 corrupt images in one row, more than data.max_corrupt 2, in m m[01], m m[01]: "):
-        next(bad.iterate(0, 1))
+        for batches in bad.iterate(0, 1):
+            next(batches)
     fine = loader(recipe(rows=1, max_corrupt=3), [shard])
-    assert next(fine.iterate(0, 1))[0].counts.corrupt == 3
+    assert [b.counts.corrupt for batches in fine.iterate(0, 1) for b in batches] == [3]
+    for index in (0, 1):  # the limit is for what one process decodes
+        shared = list(loader(config, [shard], share=(index, 2)).microbatches(0))
+        assert [b.counts.corrupt for b in shared] == [(2, 1)[index]]
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 20])
+def test_processes_that_hold_the_same_rows_share_the_decoding(two_phases, of):
+    config, shards, schedule = two_phases
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": 4})})
+    whole = loader(config, shards, schedule)
+    parts = [loader(config, shards, schedule, share=(i, of)) for i in range(of)]
+    for step in range(schedule.total_steps):
+        for full, *shared in zip(whole.microbatches(step), *(p.microbatches(step) for p in parts), strict=True):
+            n, most = full.counts.images, -(-full.counts.images // of)
+            blocks = [b.pixels for b in shared if b.pixels is not None]
+            assert [0 if b.pixels is None else len(b.pixels) for b in shared] == [min(most, max(n - i * most, 0)) for i in range(of)]
+            assert (full.pixels is None and not blocks) or torch.equal(torch.cat(blocks), full.pixels)
+            assert all(same(replace(b, pixels=full.pixels), full) for b in shared)
+    with pytest.raises(ValueError, match="share 2 of 2"):
+        loader(config, shards, schedule, share=(2, 2))
 
 
 class SlowShard(MemoryShard):
@@ -206,23 +243,77 @@ def test_an_error_in_the_thread_reaches_the_trainer(two_phases):
     broken = SlowShard(shards[0], fail_at=30)
     steps = 0
     with pytest.raises(OSError, match="the disk is gone"):
-        for _ in loader(config, [broken], schedule).iterate(0, schedule.total_steps):
+        for batches in loader(config, [broken], schedule).iterate(0, schedule.total_steps):
+            for _ in batches:
+                pass
             steps += 1
     assert 0 < steps < schedule.total_steps and not _threads()
 
 
+def test_an_error_is_raised_again_and_never_waited_for(two_phases):
+    config, shards, schedule = two_phases
+    steps = loader(config, [SlowShard(shards[0], fail_at=1)], schedule).iterate(0, 1)
+    batches = next(steps)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(batches)
+
+
 def test_it_reads_ahead_as_far_as_prefetch_and_stops_when_left(two_phases):
     config, shards, schedule = two_phases
+    config = ahead(config, 10)
     shard = SlowShard(shards[0])
     mine = loader(config, [shard], schedule)
     steps = mine.iterate(0, schedule.total_steps)
-    next(steps)
+    next(next(steps))
     time.sleep(0.5)
-    documents = [sum(len(schedule.phases[p].row(f + i)) for i in range(8)) for p, f in map(schedule.locate, range(3))]
-    assert shard.reads == sum(documents)  # one in hand, data.prefetch = 2 ahead
+    built = [b for step in (0, 1) for b in loader(config, shards, schedule).microbatches(step)][:11]  # one in hand, ten ahead
+    assert shard.reads == sum(b.counts.documents for b in built)
     steps.close()
     assert not _threads() and mine.wait_seconds > 0
     mine.close()
+
+
+def ahead(config, prefetch):
+    return config.model_copy(update={"data": config.data.model_copy(update={"prefetch": prefetch})})
+
+
+def test_a_step_whose_loop_was_left_ends_in_an_error(two_phases):
+    config, shards, schedule = two_phases
+    steps = loader(ahead(config, 2), shards, schedule).iterate(0, 1)
+    batches = next(steps)
+    steps.close()
+    with pytest.raises(RuntimeError, match="the loop over the loader's steps was left"):
+        list(batches)
+
+
+def test_a_step_begins_before_its_last_micro_batch_is_decoded(two_phases):
+    config, shards, schedule = two_phases
+    go = threading.Event()
+
+    class Stuck(TorchDecoder):
+        calls = 0
+
+        def __call__(self, images, size):
+            self.calls += 1
+            if self.calls > 1:
+                go.wait(30)
+            return super().__call__(images, size)
+
+    steps = loader(config, shards, schedule, decoder=Stuck(1)).iterate(0, 1)
+    batches = next(steps)
+    first = next(batches)
+    assert not go.is_set() and same(first, next(loader(config, shards, schedule).microbatches(0)))
+    go.set()
+    assert len(list(batches)) == 7
+
+
+def test_what_a_step_leaves_is_passed_over(two_phases):
+    config, shards, schedule = two_phases
+    firsts = [next(batches) for batches in loader(config, shards, schedule).iterate(0, schedule.total_steps)]
+    assert len(firsts) == schedule.total_steps
+    for step, first in enumerate(firsts):
+        assert same(first, next(loader(config, shards, schedule).microbatches(step)))
 
 
 def _threads():

@@ -35,6 +35,7 @@ def test_what_comes_back_is_what_was_planned(tmp_path: Path) -> None:
         assert isinstance(b.document, np.memmap)
         assert (a.fill, a.lost, a.cut, a.rejected, a.kept_values, a.bound) == (b.fill, b.lost, b.cut, b.rejected, b.kept_values, b.bound)
         assert a.row(0) == b.row(0) and np.array_equal(a.row_tokens, b.row_tokens) and np.array_equal(a.row_images, b.row_images)
+        assert np.array_equal(a.row_pairs, b.row_pairs) and b.row_pairs.dtype == np.int64
         assert a.row_tokens.max() <= 48 and a.row_images.max() <= 4 and a.row_tokens.sum() == round(a.fill * 48 * a.rows)
 
 

@@ -91,16 +91,18 @@ def test_every_document_is_in_a_row_or_rejected(n, seed, rows, max_images, overl
         assert p.steps == -(-p.rows // rows)
         seen += [r.document for r in p.rejected]
         for number in range(p.rows):
-            row, used, pictures = p.row(number), 0, 0
+            row, used, pictures, pairs = p.row(number), 0, 0, 0
             assert row
             for source, i in row:
                 d = shard.document(i)
                 kept = p.kept_values.get((source, i), len(d.modes))
                 modes = d.modes[:kept]
                 assert kept == len(d.modes) or (modes[-1] == TARGET and d.modes[kept] == CONTEXT)
-                used += len(modes) + int((modes == IMAGE).sum()) * (p.tokens_per_image - 1)
+                tokens = len(modes) + int((modes == IMAGE).sum()) * (p.tokens_per_image - 1)
+                used, pairs = used + tokens, pairs + tokens * (tokens + 1) // 2
                 pictures += int((modes == IMAGE).sum())
                 seen.append(i)
+            assert (used, pictures, pairs) == (p.row_tokens[number], p.row_images[number], p.row_pairs[number])
             assert used <= 32 and (max_images is None or pictures <= max_images)
         assert p.row(p.rows) == [] and p.row(p.rows + 7) == []
     assert sorted(seen) == list(range(n))

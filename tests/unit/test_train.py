@@ -1,20 +1,17 @@
-"""The optimizer's arithmetic, the learning rate, packed attention, pooling, and what metrics.jsonl survives."""
+"""The optimizer's arithmetic, the learning rate, packed attention, pooling."""
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
 
-from megatron_infimed.config import OptimizerConfig, Recipe
-from megatron_infimed.data.batch import Counts
+from megatron_infimed.config import OptimizerConfig
+from megatron_infimed.data.batch import context_positions, pack_rows
+from megatron_infimed.data.shards import CONTEXT, IMAGE, TARGET, Document
 from megatron_infimed.model.attention import _segments
 from megatron_infimed.model.vision import pool
-from megatron_infimed.train.metrics import Metrics
 from megatron_infimed.train.optimizer import Adam, learning_rate
-from megatron_infimed.train.step import StepResult
 
 
 def test_adam_equals_torch_adamw_to_the_bit():
@@ -70,16 +67,25 @@ def test_pooling():
     assert pool(features, 144).shape == (2, 144, 4)
 
 
-def test_metrics_has_each_step_once_after_a_kill(tmp_path):
-    recipe = Recipe.model_validate(
-        {"output": "x", "schedule": [{"until": 1.0, "image_size": 56, "tokens_per_image": 4}], "log": {"tensorboard": False}}
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_shares_hold_every_position_once(size):
+    """The shares of all ranks, put back in place, are the row; and each sees as many pairs of positions as the others."""
+    documents = [Document(np.arange(n, dtype=np.int32), np.array([CONTEXT, IMAGE, *[TARGET] * (n - 2)], np.int8)) for n in (5, 12, 3, 20)]
+    whole = pack_rows(
+        [documents, documents[:1]], capacity=96, tokens_per_image=4, image_size=28, pad_id=0, image_id=1, document_alignment=2 * size
     )
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    metrics = Metrics(recipe, tmp_path, first_step=2, total_steps=9)
-    phase = SimpleNamespace(number=0, image_size=56, tokens_per_image=4)
-    counts = Counts(documents=2, text_tokens=90, image_tokens=6, target_tokens=30, padding=4, images=1)
-    metrics.record(3, phase, StepResult(1.5, 0.5, 1e-3, True, counts, False), 0.0)  # type: ignore[arg-type]
-    metrics.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[2]["loss"] == 1.5 and lines[2]["fill"] == 0.96
+    back = torch.full_like(whole.tokens, -1)
+    taken = []
+    for rank in range(size):
+        here, share = context_positions(whole.cu_seqlens, rank, size), whole.share(rank, size)
+        assert len(here) == len(whole.tokens) // size and share.cu_seqlens is whole.cu_seqlens
+        back[here] = share.tokens
+        assert torch.equal(share.labels, whole.labels[here]) and torch.equal(share.loss_mask, whole.loss_mask[here])
+        assert (share.tokens[share.slots] == 1).all() and torch.equal(here[share.slots], whole.slots[share.features])
+        taken += share.features.tolist()
+        starts = whole.cu_seqlens[:-1].long().repeat_interleave(whole.cu_seqlens.diff().long())[here]
+        assert int((here - starts + 1).sum()) == sum(int(n) * (int(n) + 1) // 2 for n in whole.cu_seqlens.diff()) // size
+    assert torch.equal(back, whole.tokens) and sorted(taken) == list(range(5 * 4))
+    assert whole.share(0, 1) is whole
+    with pytest.raises(ValueError, match=rf"set data.document_alignment {2 * size}"):
+        pack_rows([documents], capacity=96, tokens_per_image=4, image_size=28, pad_id=0, image_id=1).share(0, size)
