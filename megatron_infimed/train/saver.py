@@ -5,8 +5,8 @@ and every process copies its share into memory of its own. The second writes, ha
 process, and what it does leaves the interpreter to training. When all have written, the processes come together once more, and the first one
 adds what joins the parts and renames the folder. Whatever fails on one process fails on all, with the same words.
 
-Megatron-Core's own background saving is not used: it forks processes that outlive a killed trainer, and waits for ever where one of them dies
-or the first process alone meets a full disk.
+Megatron-Core's own background saving is not used: it forks processes that outlive a killed trainer, and has no answer where one of those dies
+or a single process meets a full disk.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ class Saver:
         """A copy of this process's share; on the first process also what describes the whole, and the small files."""
         for wrapped in getattr(optimizer, "model_chunks", ()):
             wrapped.start_param_sync(force_sync=True)  # under overlap, what others have updated would come in the next forward pass
+        world: Any = dist.group.WORLD
         with cpu.cuda_means_cpu():
             mine: Any = sharded_state(pieces, optimizer, loading=False)
             mine, common = save_preprocess(mine, validate_access_integrity=self._shares is None)
-            world: Any = dist.group.WORLD
             self._shares = self._shares or determine_main_replica_uniform_distribution(mine, world)
             distribute_main_replicas_with_precomputed_distribution(mine, world, self._shares)
             named, _, _ = _replace_state_dict_keys_with_sharded_keys(mine, keep_only_main_replica=True)
@@ -158,7 +158,8 @@ class Saver:
             if self._ranks.rank == 0:
                 self._publish(pending, parts)
         self._pending, self.newest = None, Checkpoint(pending.path)
-        log.info("saved %s in %.1f s%s", pending.path, time.perf_counter() - pending.begun, pending.held)
+        level = logging.INFO if self._settings else logging.DEBUG  # who saves one checkpoint says so himself
+        log.log(level, "saved %s in %.1f s%s", pending.path, time.perf_counter() - pending.begun, pending.held)
         return self.newest
 
     def _publish(self, pending: _Pending, parts: list[_Written]) -> None:

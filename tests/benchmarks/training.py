@@ -4,10 +4,10 @@
 
 Ours is train_step (Megatron's wrapper, distributed optimizer, clipping) on the rows of our plan, one row a step, which holds about as many
 documents as the others' batch of 8. The others are LlavaForConditionalGeneration loaded from our own export, SDPA, torch's AdamW and clipping,
-batches padded on the right to the longest: at random, and grouped by length with LengthGroupedSampler (so few documents are sorted outright). Useful tokens are
-those of the documents, text and image; a row or batch also computes padding, and fill is the useful share. What a fill predicts is that share
-of the useful tokens a second of our rows without padding; to see it at work, a second plan leaves a fifth of each row empty. Before anything
-is timed, both sides do two updates (one with a GPU) on the same documents and must agree on loss and gradient norm.
+batches padded on the right to the longest: at random, and grouped by length with LengthGroupedSampler's function (so few documents are then
+sorted outright). Useful tokens are those of the documents, text and image; a row or batch also computes padding, and fill is the useful share.
+What a fill predicts is that share of the useful tokens a second of our rows without padding; to see it at work, a second plan leaves a fifth
+of each row empty. Before anything is timed, both sides do two updates (one with a GPU) on the same documents and must agree on loss and norm.
 
 Without a GPU: float32, a small model, CPU seconds; MFU is then against a large float32 matrix product timed in the same run. With one: bfloat16
 (the others purely so, without float32 weights, which is quicker), a larger model, wall seconds, MFU against 989 and 1979 TFLOP/s, peak memory.

@@ -33,7 +33,7 @@ KILLED = ["batch.rows=2", "checkpoint.every=2"]
 LAYOUTS = {
     "DP2-overlap": ["parallel.overlap=true", "checkpoint.background=true", "model.dropout=0.1"],
     "TP2-SP": ["parallel.tensor=2", "parallel.sequence=true"],
-    "PP2": ["parallel.pipeline=2", "checkpoint.background=true"],
+    "PP2-VPP2": ["parallel.pipeline=2", "parallel.virtual=2", "checkpoint.background=true"],
 }
 
 
