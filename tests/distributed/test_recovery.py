@@ -1,6 +1,6 @@
 """Killed at any moment, damaged on disk, stopped by a signal, out of space: training goes on with bitwise the same losses, or says what is wrong.
 
-INFIMED_KILLS=20 runs the twenty kills in full (four minutes on two cores); without it there are a few.
+INFIMED_KILLS=20 runs the twenty kills in full (13 minutes on two cores that were shared with much else); without it there are a few.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import gc
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -168,33 +170,26 @@ def test_memory_is_what_a_step_allocates(name):
     print(
         f"{name}: modelled {modelled.total / 1e6:.2f} MB ({modelled.highest}), measured {real / 1e6:.2f} MB, {modelled.total / real - 1:+.2%}"
     )
-    assert modelled.total == pytest.approx(real, rel=0.02)
+    assert modelled.total == pytest.approx(real, rel=0.02)  # measured worst 0.8 %
 
 
 LAYOUTS = [
-    {}, {"overlap": True}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual": 3},
-    {"pipeline": 2, "first_stage_layers": 2},
+    {"overlap": True}, {"tensor": 2, "sequence": True}, {"context": 2}, {"pipeline": 2, "virtual": 3}, {"pipeline": 2, "first_stage_layers": 2},
 ]  # fmt: skip
 
 
 def test_memory_is_that_of_the_fullest_process_of_a_layout():
-    name = "narrow, long rows"
+    name, wanted = "narrow, long rows", [json.dumps(x) for x in LAYOUTS]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.unit.test_estimate"]
-    done = subprocess.run(
-        [*launch, name, *map(json.dumps, LAYOUTS)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, name, *wanted], cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["bytes"')]
+    printed = [(int(place), int(size)) for place, size in re.findall(r"<layout (\d+): (\d+) bytes>", done.stdout)]
     for number, parallel in enumerate(LAYOUTS):
-        real = max(size for _, place, size in lines if place == number)
+        real = max(size for place, size in printed if place == number)
         modelled = memory(laid_out(name, parallel), 2, GPUS["cpu"], batch(name)).total
         print(f"{parallel}: modelled {modelled / 1e6:.2f} MB, measured {real / 1e6:.2f} MB, {modelled / real - 1:+.2%}")
-        assert modelled == pytest.approx(real, rel=0.04), parallel
+        assert modelled == pytest.approx(real, rel=0.03), parallel  # measured worst 1.5 %
 
 
 def laid_out(name: str, parallel: dict[str, Any]) -> Recipe:
@@ -214,11 +209,11 @@ def test_the_4b_model_counts_as_it_is():
     assert found.optimizer == 12 * math.ceil(learns / 64)
     split = memory(ship("pretrain_4b", "parallel={tensor: 4, sequence: true}"), 64, GPUS["h100"])
     assert split.gradients == pytest.approx(found.gradients / 4, rel=1e-3)  # norms are on every rank
-    none = [
-        memory(ship("pretrain_4b", "precision.recompute=none", *more), 64, GPUS["h100"])
-        for more in ([], ["parallel={tensor: 4, sequence: true}"])
-    ]
-    assert none[1].activations == pytest.approx(none[0].activations / 4, rel=0.02)
+    whole, quarter = (
+        memory(ship("pretrain_4b", "precision.recompute=none", *more), 64, GPUS["h100"]).activations
+        for more in ((), ("parallel={tensor: 4, sequence: true}",))
+    )
+    assert quarter == pytest.approx(whole / 4, rel=0.05)  # image features are whole on every rank
     frozen = memory(ship("pretrain_4b", "trainable.language=false"), 64, GPUS["h100"])
     assert frozen.gradients == 4 * counted.projector and frozen.weights == found.weights
 
@@ -267,25 +262,24 @@ def test_time_adds_up():
 
 
 def test_proposals_fit_and_can_be_typed():
-    settings, cluster = ship("pretrain_4b", "data.document_alignment=8"), Cluster(GPUS["h100"], 16, 8)
+    settings, cluster = ship("pretrain_1p7b", "data.document_alignment=4"), Cluster(GPUS["h100"], 4, 4)
     load = workload.workload(settings, Described())
     found = proposals(settings, cluster, load)
-    assert len(found) > 10 and {x.recipe.parallel.context for x in found} == {1, 2, 4}
+    assert len(found) > 10 and {x.recipe.parallel.context for x in found} == {1, 2}
     assert [x.hours for x in found] == sorted(x.hours for x in found)
     for x in found:
-        assert x.fits and x.memory.total <= cluster.gpu.memory and not x.recipe.problems(16)
+        assert x.fits and x.memory.total <= cluster.gpu.memory and not x.recipe.problems(4)
     for x in found[:5]:
-        typed = ship("pretrain_4b", "data.document_alignment=8", *words_of(words(settings, x.recipe)))
+        typed = ship("pretrain_1p7b", "data.document_alignment=4", *shlex.split(words(settings, x.recipe)))
         assert (typed.parallel, typed.batch, typed.precision) == (x.recipe.parallel, x.recipe.batch, x.recipe.precision)
-    long = ship("pretrain_4b", "data.capacity=32768", "data.document_alignment=8", "batch.rows=32")
-    quick = proposals(long, cluster, workload.workload(long, Described()))[0]
-    assert not judge(quick.recipe.model_copy(update={"parallel": ParallelConfig()}), cluster, load).fits  # 32,768 tokens without splitting
 
 
-def words_of(line: str) -> list[str]:
-    import shlex
-
-    return shlex.split(line)
+def test_what_does_not_fit_a_gpu_is_split_or_recomputed():
+    settings, cluster = ship("pretrain_4b", "data.capacity=32768", "batch.rows=32", "precision.recompute=none"), Cluster(GPUS["h100"], 4, 4)
+    load = workload.workload(settings, Described())
+    best = proposals(settings, cluster, load)[0].recipe
+    assert not judge(settings, cluster, load).fits
+    assert best.parallel.tensor > 1 or best.precision.recompute.language != "none"
 
 
 def test_numbers_of_gpus_that_do_not_suit_are_one_line():
@@ -359,7 +353,7 @@ def main() -> None:
     name, *layouts = sys.argv[1:]
     for number, parallel in enumerate(layouts):
         size = stored(laid_out(name, json.loads(parallel)), batch(name))
-        print(json.dumps(["bytes", number, size]), flush=True)
+        print(f"<layout {number}: {size} bytes>", flush=True)
     groups.shut_down()
 
 
