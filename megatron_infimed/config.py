@@ -251,7 +251,7 @@ class CheckpointConfig(_Section):
     keep_every: int | None = Field(default=None, gt=0)
     """Checkpoints of steps that are a multiple of this are kept for good."""
     background: bool = False
-    """Written by a process of its own while training goes on (the last one never)."""
+    """Written by a thread while training goes on; the last one is waited for."""
 
 
 class GuardsConfig(_Section):

@@ -6,9 +6,9 @@ does in training, for every layout, frozen part and recompute mode; only the num
 Marks at the borders of the embedding (with tower and projector), the layers and the head (final norm and loss) cut the run into segments;
 memory.py puts these together for any number of layers and micro-batches in flight, because layers are alike.
 
-On a GPU two kernels are others than on the CPU, and are stood in for: attention is one call for the whole row that keeps its inputs, its output
-and a number a head and token (keys and values for every head only without Transformer Engine), and RMSNorm is one kernel. Transformer Engine
-itself is taken to keep what the local layers keep.
+On a GPU three kernels are others than on the CPU, and are stood in for: attention is one call for the whole row that keeps its inputs, its
+output and a number a head and token (keys and values for every head only without Transformer Engine), RMSNorm is one kernel, and products for
+the loss come in float32 at once. Transformer Engine itself is taken to keep what the local layers keep, in bfloat16 under FP8 too.
 """
 
 from __future__ import annotations
