@@ -196,6 +196,8 @@ def table(ways: dict[str, Way], samples: list[Sample], recipe: Recipe) -> Iterat
     packed, useful = ways["packed"], sum(s.length for s in samples)
     counts: list[Counts] = [batch.counts for batch in packed.batches]
     without_padding = [i for i, c in enumerate(counts) if not c.padding]
+    if not without_padding:
+        raise SystemExit("no row of so few documents is full, which what the fill predicts is measured on: take more --documents")
     full = packed.rate(len(without_padding) * recipe.data.capacity, without_padding)
     flops = sum(work.model for work in step_flops(recipe, sum(counts, Counts()), recipe.schedule[0].image_size).values())
     against = peaks()
