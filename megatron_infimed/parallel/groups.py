@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_infimed.config import ParallelConfig
 from megatron_infimed.errors import UserError
 from megatron_infimed.parallel import cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,13 @@ def initialize(parallel: ParallelConfig, first_seed: int = 0, timeout_minutes: f
         context_group=context_group,
         virtual_size=parallel.virtual,
     )
+
+
+def gather(mine: T) -> list[T]:
+    """What each process holds, by rank; all processes together."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def seed(number: int) -> None:

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -30,11 +30,10 @@ from megatron_infimed.config import ModelConfig
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
-from megatron_infimed.parallel.groups import Ranks
+from megatron_infimed.parallel.groups import Ranks, gather
 
 log = logging.getLogger(__name__)
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -173,13 +172,6 @@ def sharded_state(pieces: Sequence[InfiMed], optimizer: MegatronOptimizer | None
 def _named(pieces: Sequence[InfiMed]) -> dict[str, InfiMed]:
     """Names for this process alone: in the files a tensor goes by its global name, whichever piece holds it."""
     return {"model": pieces[0]} if len(pieces) == 1 else {f"model{i}": piece for i, piece in enumerate(pieces)}
-
-
-def gather(mine: T) -> list[T]:
-    """What each process holds, by rank; all processes together."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def sha256(path: Path) -> str:

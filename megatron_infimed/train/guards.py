@@ -32,7 +32,7 @@ from torch import Tensor
 from megatron_infimed.config import GuardsConfig
 from megatron_infimed.data.batch import PackedBatch, image_block
 from megatron_infimed.errors import UserError
-from megatron_infimed.parallel.groups import Ranks
+from megatron_infimed.parallel.groups import Ranks, gather
 
 T = TypeVar("T")
 _Document = tuple[int, int]
@@ -263,9 +263,7 @@ def _finite(values: Tensor) -> bool:
 
 def _from_all(mine: list[Any]) -> list[Any]:
     """What all processes have, in the order of their ranks."""
-    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return [one for part in parts for one in part]
+    return [one for part in gather(mine) for one in part]
 
 
 def _append(path: Path, ranks: Ranks, lines: list[dict[str, Any]]) -> None:

@@ -30,14 +30,19 @@ class Adam(torch.optim.Optimizer):
                  bias_correction: bool = True, **_unused: Any) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def begin(self) -> None:
+        """Makes the moments that are not there yet, zero: a checkpoint may come before the first update."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        self.begin()
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             if not params:
                 continue
             adam(
@@ -108,6 +113,9 @@ def wrap_and_optimize(pieces: Sequence[InfiMed], recipe: config.Recipe) -> tuple
             wrapped,  # type: ignore[arg-type] # a list of its subclass
             use_gloo_process_groups=torch.cuda.is_available(),
         )
+        for one in optimizer.chained_optimizers:
+            if isinstance(one.optimizer, Adam):
+                one.optimizer.begin()
     return wrapped, optimizer
 
 

@@ -48,8 +48,8 @@ from megatron_infimed.data.safe_files import HashedFile, sync
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
-from megatron_infimed.parallel.groups import Ranks
-from megatron_infimed.train.checkpoint import Checkpoint, gather, in_run, sha256, sharded_state
+from megatron_infimed.parallel.groups import Ranks, gather
+from megatron_infimed.train.checkpoint import Checkpoint, in_run, sha256, sharded_state
 
 log = logging.getLogger(__name__)
 _REMEDIES = {

@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_infimed import __version__
 from megatron_infimed import log as logs
 from megatron_infimed.config import Recipe
@@ -112,7 +110,7 @@ def _walk(
 ) -> tuple[int, Checkpoint]:
     """Trains the steps from `first_step` on, until `last_step` or a signal; how many are done, and the checkpoint of that."""
     recipe, ranks, run_dir = run.recipe, run.ranks, Path(run.recipe.output)
-    hosts = _hosts(ranks)
+    hosts = groups.gather(platform.node())
     metrics = Metrics(recipe, run_dir, first_step, schedule.total_steps, hosts) if ranks.main else None
     step, saved_at = first_step, saver.newest.step if saver.newest else None
 
@@ -177,12 +175,6 @@ def _loader(recipe: Recipe, ranks: Ranks, tokenizer: Tokenizer, shards: list[Sha
         share=ranks.image_share,
         pin_memory=ranks.device.type == "cuda",
     )
-
-
-def _hosts(ranks: Ranks) -> list[str]:
-    names = [""] * ranks.world
-    dist.all_gather_object(names, platform.node())
-    return names
 
 
 def _start(recipe: Recipe, run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | None, str | None]:

@@ -35,13 +35,14 @@ from tests.distributed.runs import RECIPE
 class Training:
     """A tiny model with its optimizer, one step done; a step is an update with random gradients. A checkpoint takes 1.9 MB."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, steps: int = 1) -> None:
         recipe = Recipe.model_validate(RECIPE)
         self.ranks, self.pieces = ranks, build_pieces(recipe, ranks)
         initialize_weights(self.pieces[0], recipe)
         _, self.optimizer = wrap_and_optimize(self.pieces, recipe)
         self.steps = 0
-        self.step()
+        for _ in range(steps):
+            self.step()
 
     def step(self) -> None:
         self.steps += 1
@@ -120,6 +121,21 @@ def test_background_is_a_snapshot(training, tmp_path, gate):
     assert at_once["__0_0.distcp"] == of_behind["__0_0.distcp"] and at_once["common.pt"] == of_behind["common.pt"]
     training.save(training.saver(tmp_path / "later"))
     assert hashes(tmp_path / "later", 4)["__0_0.distcp"] != at_once["__0_0.distcp"], "the test must be able to fail"
+
+
+def test_a_checkpoint_may_come_before_the_first_update(ranks, tmp_path):
+    """A guard may leave every step out until then. Who goes on from it trains as if it had never been."""
+    fresh, resumed = Training(ranks, steps=0), Training(ranks, steps=2)
+    to = fresh.saver(tmp_path)
+    fresh.save(to)
+    checkpoint.load_all(to.finish(), resumed.pieces, resumed.optimizer)
+    resumed.steps = 0
+    for one in (fresh, resumed):
+        for group in one.optimizer.param_groups:
+            group["step"] = 0
+        one.step()
+    for a, b in zip(fresh.pieces[0].parameters(), resumed.pieces[0].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_next_save_waits_for_the_last(training, tmp_path, gate, caplog):
