@@ -9,6 +9,8 @@ EXTRAS = {
     "h100": ["transformer-engine[pytorch,core-cu13]>=2.9,<2.12", "flash-attn>=2.7", "nvidia-dali-cuda130>=2.0"],
     # Scans as training pictures: DICOM with its compressed transfer syntaxes (all under permissive licences), NIfTI.
     "formats": ["pydicom>=3", "imagecodecs", "pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg", "nibabel>=5"],
+    # Training's processes restarted within a job (INFIMED_LAUNCHER=ft).
+    "resiliency": ["nvidia-resiliency-ext>=0.4"],
     # Preprocessing over many processes, SLURM arrays or Ray.
     "scale": ["datatrove>=0.10,<0.11"],
     "ray": ["datatrove>=0.10,<0.11", "ray>=2.40"],
@@ -22,9 +24,18 @@ EXTRAS = {
         "tifffile",
         "imagecodecs",
     ],
-    "dev": ["pytest>=8", "hypothesis", "ruff", "pyright[nodejs]", "nvidia-dali-cuda130>=2.0", "zstandard", "pydicom-data>=1"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "pyright[nodejs]",
+        "nvidia-dali-cuda130>=2.0",
+        "zstandard",
+        "pydicom-data>=1",
+    ],
 }
-EXTRAS["dev"] += [*EXTRAS["formats"], *EXTRAS["ray"]]
+EXTRAS["dev"] += [*EXTRAS["formats"], *EXTRAS["ray"], *EXTRAS["resiliency"]]
 
 setup(
     name="megatron-infimed",

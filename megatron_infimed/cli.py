@@ -14,10 +14,13 @@ from typing import Annotated
 
 import typer
 
+from megatron_infimed import notes
 from megatron_infimed.errors import UserError
 from megatron_infimed.recipe_files import load_recipe
+from megatron_infimed.stages.cli import app as stages
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n\n")[0])
+app.add_typer(stages, name="stages")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, see launch/recipes/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example optimizer.lr=2e-5")]
@@ -84,13 +87,44 @@ def plan(
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Trains a stage, or continues it. Alone, or under torchrun or srun. A signal (TERM, USR1) saves and ends it with exit code 0."""
+    """Trains a stage, or continues it. Alone, or under torchrun or srun. A signal (TERM, USR1) saves and ends it with exit code 75: start it
+    again to go on."""
     from megatron_infimed.parallel import groups
     from megatron_infimed.train.trainer import fit
 
     settings = load_recipe(recipe, overrides or [])
     try:
-        fit(settings)
+        done = fit(settings)
+    finally:
+        groups.shut_down()
+    if not done:
+        raise typer.Exit(notes.AGAIN)
+
+
+@app.command()
+def preflight(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Looks for what would stop or slow down this training on these nodes: GPUs, network, data, disk, versions, clocks. Started like
+    training, before it. Exit code 69 after naming bad nodes."""
+    from megatron_infimed.preflight.run import preflight
+
+    preflight(load_recipe(recipe, overrides or []))
+
+
+@app.command()
+def validate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    data: Annotated[list[str] | None, typer.Option(help="PREFIX of a held-out shard; may stand several times")] = None,
+    output: Annotated[Path, typer.Option(help="JSON file")] = Path("validation.json"),
+    checkpoint: Annotated[str | None, typer.Option(help="checkpoint or run directory (default: the recipe's output)")] = None,
+) -> None:
+    """Computes the loss of a checkpoint on held-out shards, for the gates of a chain of stages. Alone, or under torchrun or srun."""
+    from megatron_infimed.parallel import groups
+    from megatron_infimed.train.validate import validate
+
+    settings = load_recipe(recipe, overrides or [])
+    try:
+        validate(settings, data or [], output, checkpoint=checkpoint)
     finally:
         groups.shut_down()
 
@@ -136,12 +170,16 @@ def run(command: typer.Typer) -> None:
         warnings.simplefilter(
             "ignore"
         )  # Megatron-Core says a dozen times at import that Transformer Engine is not there; `check` says it once
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     try:
         command()
     except UserError as e:
-        rank = os.environ.get("RANK", "0")
         print(f"error: {e}" if rank == "0" else f"error (rank {rank}): {e}", file=sys.stderr)
+        notes.write("why", str(e))
         sys.exit(2)
+    except Exception as e:
+        notes.write("crash", f"{type(e).__name__} on rank {rank}: {' '.join(str(e).split())}"[:500])
+        raise
 
 
 def main() -> None:

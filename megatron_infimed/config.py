@@ -283,7 +283,9 @@ class Recipe(_Section):
     output: str
     """Run directory."""
     init_from: str | None = None
-    """A checkpoint, or a run directory whose newest checkpoint gives the weights (not the optimizer). null: fresh weights."""
+    """A checkpoint, or a run directory whose newest checkpoint gives the weights. null: fresh weights."""
+    init_optimizer: bool = False
+    """Take the optimizer's moments from init_from too; the same parts must be trainable there."""
     seed: int = 1234
     model: ModelConfig = ModelConfig()
     trainable: TrainableConfig = TrainableConfig()
@@ -395,6 +397,7 @@ class Recipe(_Section):
                 phase.tokens_per_image < d.capacity,
                 f"schedule[{i}].tokens_per_image: {phase.tokens_per_image} does not fit data.capacity {d.capacity}",
             )
+        require(self.init_from is not None or not self.init_optimizer, "init_optimizer: needs init_from")
         require(any((self.trainable.vision, self.trainable.projector, self.trainable.language)), "trainable: nothing is")
         if world_size is not None:
             require(

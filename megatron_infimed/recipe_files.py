@@ -43,6 +43,20 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+# What a run directory's checkpoints do not depend on: it may change when a run goes on.
+_FREE = {
+    "output": ..., "parallel": ..., "checkpoint": ..., "guards": ..., "log": ..., "max_steps": ..., "init_from": ...,
+    "precision": {"layers", "recompute"},
+    "data": {"decoder", "decode_threads", "prefetch", "sources", "tokenizer", "max_corrupt"},
+    "batch": {"micro_rows", "vision_images", "loss_tokens"},
+}  # fmt: skip
+
+
+def what_decides(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what training makes of its data; not the layout, not how often it logs or saves."""
+    return recipe.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: base refers back to itself: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")

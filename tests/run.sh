@@ -3,10 +3,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$(tools/bootstrap.sh dev,quickstart)
-if ! command -v slurmctld >/dev/null 2>&1; then # tests/slurm starts a SLURM of its own; without it those tests fail and say so
-  echo "== installing SLURM"
-  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge; } \
-    >"$venv/slurm-install.log" 2>&1 || { tail -n 5 "$venv/slurm-install.log" >&2; echo "SLURM could not be installed: tests/slurm will fail" >&2; }
+need=() # Debian packages: a SLURM of the tests' own with a plugin built for it, clocks that differ, a browser, the shell scripts' linter
+for pair in slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge gcc:gcc faketime:faketime chromium:chromium shellcheck:shellcheck; do
+  command -v "${pair%%:*}" >/dev/null 2>&1 || need+=("${pair#*:}")
+done
+[[ " ${need[*]} " != *" gcc "* ]] || need+=(libc6-dev)
+if [ "${#need[@]}" -gt 0 ]; then
+  echo "== installing ${need[*]}"
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${need[@]}"; } >"$venv/apt.log" 2>&1 ||
+    { tail -n 5 "$venv/apt.log" >&2; echo "${need[*]} could not be installed: the tests that need them FAIL" >&2; }
 fi
 export CUDA_VISIBLE_DEVICES= # on a machine with GPUs too: this is the CPU path
 export PATH="$venv/bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"

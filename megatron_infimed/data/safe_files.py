@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,16 +84,23 @@ class HashedFile:
 
 
 @contextlib.contextmanager
-def lock(prefix: Path) -> Iterator[None]:
-    """One writer a prefix: PREFIX.lock, held by flock, so that it ends with its process. UserError where another one holds it."""
+def lock(prefix: Path, wait: bool = False) -> Iterator[None]:
+    """One writer a prefix: PREFIX.lock, held by flock, so that it ends with its process.
+
+    Args:
+        wait: for another one that holds it, as long as it takes. Otherwise that is a UserError.
+    """
     path = shard_file(prefix, "lock")
+    handle = None
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(path)
         while handle is None:
-            handle = _locked(path)
-    except BlockingIOError:
-        raise UserError(f"{prefix}: another process is writing this shard; wait for it or choose another output") from None
+            try:
+                handle = _locked(path)
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(f"{prefix}: another process is writing this shard; wait for it or choose another output") from None
+                time.sleep(0.2)
     except OSError as e:
         raise UserError(f"{path}: cannot write there ({e.strerror}); choose another output") from None
     try:

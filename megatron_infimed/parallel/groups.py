@@ -75,8 +75,12 @@ def world_from_environment() -> tuple[int, int, int]:
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["WORLD_SIZE"]), int(env["RANK"]), int(env.get("LOCAL_RANK", "0"))
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:  # of srun's step: the batch script itself is alone
-        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]:
-            raise UserError(f"{' and '.join(missing)} not set: export the first node's address and a free port before srun")
+        # The first node as an address, which needs no name resolution: the batch script runs there and calls srun.
+        first = env.get("SLURM_LAUNCH_NODE_IPADDR") or env.get("SLURM_SRUN_COMM_HOST")
+        if not env.setdefault("MASTER_ADDR", first or "") or "MASTER_PORT" not in env:
+            raise UserError(
+                "MASTER_ADDR and MASTER_PORT not set: start it by launch/*.sh, or export the first node's address and a free port"
+            )
         return int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", "0"))
     return 1, 0, 0
 

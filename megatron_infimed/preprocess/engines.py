@@ -1,4 +1,5 @@
-"""Who runs the tasks: this process, processes of this machine, a SLURM array, or Ray; the last three through datatrove's executors.
+"""Who runs the tasks: this process, processes of this machine, a SLURM array, or Ray; the last three through datatrove's executors. Or
+somebody else has started several of us already (`ranks`): then this process is one task, as `place` says.
 
 A task knows only the work folder, so every engine does the same thing. Local pools and Ray run in a child process that is watched: each
 task notes its pid in PREFIX.work/running while it works, and when one is gone (out of memory, kill -9) everything is ended with one clear
@@ -48,7 +49,7 @@ child(*sys.argv[2:])
 
 @dataclass(frozen=True)
 class Engine:
-    name: Literal["local", "slurm", "ray"] = "local"
+    name: Literal["local", "ranks", "slurm", "ray"] = "local"
     tasks: int = 1
     workers: int | None = None
     """Tasks at a time; None: all on a cluster, one a core here."""
@@ -65,6 +66,11 @@ class Engine:
 
 def check(engine: Engine) -> None:
     """UserError where this engine cannot run here."""
+    if engine.name == "ranks":
+        place()
+        if engine.tasks != 1 or engine.workers:
+            raise UserError("--engine ranks: as many tasks run as processes were started; leave out --tasks and --workers")
+        return
     if engine.name == "local" and engine.tasks == 1:
         return
     for package in ("datatrove", "ray")[: 1 + (engine.name == "ray")]:
@@ -73,6 +79,21 @@ def check(engine: Engine) -> None:
         raise UserError("--engine slurm needs sbatch, which is not on the PATH: go to a login node of the cluster, or take --engine local")
     if engine.name == "slurm" and not engine.partition:
         raise UserError("--engine slurm needs --slurm-partition NAME (`sinfo` lists them)")
+
+
+def place() -> tuple[int, int]:
+    """(rank, world) among the processes that torchrun, a SLURM array or srun has started; UserError where none of them has."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
+    if "SLURM_ARRAY_TASK_ID" in env:
+        rank, world = int(env["SLURM_ARRAY_TASK_ID"]), int(env["SLURM_ARRAY_TASK_COUNT"])
+        if rank >= world:
+            raise UserError(f"array task {rank} of {world}: number them from 0, as in sbatch --array=0-{world - 1}")
+        return rank, world
+    if "SLURM_PROCID" in env:
+        return int(env["SLURM_PROCID"]), int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    raise UserError("--engine ranks: neither torchrun nor a SLURM array nor srun has started this process; take --engine local")
 
 
 class Task:

@@ -50,6 +50,15 @@ def merge(job: Job, told: Callable[[int, int], None] = lambda done, of: None) ->
     return manifest
 
 
+def complete(job: Job) -> bool:
+    """Whether every piece is there."""
+    for f in range(len(job.inputs)):
+        rows = job.rows(f)
+        if rows is None or not all(job.finished(f, k) for k in range(-(-rows // job.piece_rows))):
+            return False
+    return True
+
+
 def _all_pieces(job: Job) -> list[Path]:
     """Prefixes of the pieces in order; UserError unless all are there."""
     pieces, missing = [], []

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_infimed import notes
 from megatron_infimed.data.chat import Tokenizer, encode_batch
 from megatron_infimed.data.safe_files import disk_trouble, sync
 from megatron_infimed.data.shard_writer import ShardWriter
@@ -141,6 +142,7 @@ class PieceMaker:
             if e.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not self.job.finished(f, k):
                 raise
         sync(final.parent)
+        notes.write("progress", final.name)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,8 @@ from megatron_infimed.preprocess import engines
 from megatron_infimed.preprocess.dry_run import try_out
 from megatron_infimed.preprocess.engines import Engine
 from megatron_infimed.preprocess.job import Input, Job, describe_inputs, tokenizer_prints
-from megatron_infimed.preprocess.merge import merge
+from megatron_infimed.preprocess.merge import complete, merge
+from megatron_infimed.preprocess.pieces import run_task
 
 TextPhi = Literal["reject", "redact", "flag", "off"]
 
@@ -45,7 +47,7 @@ class Outcome:
     skipped: bool = False
     """The shard was there already and nothing was done."""
     submitted: str = ""
-    """Where it is only handed to SLURM: the jobs, and what will be where."""
+    """Where the shard is still to come: who makes it, and what will be where."""
 
 
 def preprocess(
@@ -86,10 +88,16 @@ def preprocess(
         UserError: unreadable input, not one document left, a full disk, a dead worker.
     """
     engines.check(engine)
-    job = make_job(
+    make = partial(
+        make_job,
         inputs, output, tokenizer, map=map, images=images, source=source, max_text_tokens=max_text_tokens, text_phi=text_phi,
         allow_burned_in=allow_burned_in, piece_rows=piece_rows, threads=threads or _threads(engine),
     )  # fmt: skip
+    if engine.name == "ranks":
+        if force:
+            raise UserError(f"--force: several processes cannot agree on when it began; remove {shard_file(output, 'json')} first instead")
+        return _as_one_of_several(make, Path(output), console)
+    job = make()
     with _progress(console, job) as told:
         with lock(Path(output)):
             engines.refuse_busy(job)
@@ -114,6 +122,30 @@ def preprocess(
         f"the shard is there when {shard_file(output, 'json')} is; if a job fails, run the same command again"
     )
     return Outcome({}, submitted=text)
+
+
+def _as_one_of_several(make: Callable[[], Job], output: Path, console: Console | None) -> Outcome:
+    """This process is a task of its own, started beside others with the same words; whoever finds all pieces made merges them."""
+    rank, world = engines.place()
+    with lock(output, wait=True):
+        job = make()  # the first to come hashes the inputs, the others find the hashes
+        if manifest := _finished(job):
+            job.discard()
+            return Outcome(manifest, skipped=True)
+        engines.refuse_busy(job)
+        job = job.taken_up(force=False)
+        left = job.left_over()
+        if left is None or left.fingerprint != job.fingerprint:
+            with disk_trouble(output):
+                job.prepare()
+    with _progress(console, job) as told:
+        run_task(job, rank, world, told)
+    with lock(output, wait=True):
+        if manifest := _finished(job):
+            return Outcome(manifest)
+        if complete(job):
+            return Outcome(merge(job))
+    return Outcome({}, submitted=f"{output}: task {rank} of {world} is done; the last one merges")
 
 
 def make_job(
@@ -237,7 +269,9 @@ def command(
     max_text_tokens: Annotated[int | None, typer.Option(min=1, help="reject documents with more text tokens")] = None,
     text_phi: Annotated[TextPhi | None, typer.Option(help="identifying text (default: as the map says, else reject)")] = None,
     allow_burned_in: Annotated[list[str] | None, typer.Option(help="source whose DICOM pixels may hold burned-in text; repeatable")] = None,
-    engine: Annotated[Literal["local", "slurm", "ray"], typer.Option(help="who runs the tasks")] = "local",
+    engine: Annotated[
+        Literal["local", "ranks", "slurm", "ray"], typer.Option(help="who runs the tasks; ranks: this is one of several (srun, an array)")
+    ] = "local",
     tasks: Annotated[int, typer.Option(min=1, help="into how many tasks the work is divided")] = 1,
     workers: Annotated[int | None, typer.Option(min=1, help="tasks at a time (default: one a core; on a cluster all)")] = None,
     piece_rows: Annotated[int, typer.Option(min=1, help="rows of a piece; the shard does not depend on it")] = 8192,

@@ -143,6 +143,14 @@ def load_all(checkpoint: Checkpoint, pieces: Sequence[InfiMed], optimizer: Megat
     _load(checkpoint, pieces, optimizer)
 
 
+def load_moments(checkpoint: Checkpoint, pieces: Sequence[InfiMed], optimizer: MegatronOptimizer) -> None:
+    """Like `load_all`, from another stage: weights, moments and their age come; learning rate, decay and betas stay this stage's."""
+    own = [{name: group[name] for name in group if name not in ("params", "step")} for group in optimizer.param_groups]
+    _load(checkpoint, pieces, optimizer)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 def _load(checkpoint: Checkpoint, pieces: Sequence[InfiMed], optimizer: MegatronOptimizer | None) -> None:
     try:
         with cpu.cuda_means_cpu():

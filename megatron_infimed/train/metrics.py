@@ -134,6 +134,7 @@ class Metrics:
         c, busy, waits = result.counts, np.array(result.busy), np.array(result.waits)
         return {
             "step": step,
+            "of_steps": self.total,
             "stage": self.recipe.stage,
             "processes": len(self.hosts),
             "phase": phase.number,

@@ -16,6 +16,8 @@ import errno
 import io
 import json
 import logging
+import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -43,6 +45,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_infimed import notes
 from megatron_infimed.config import CheckpointConfig
 from megatron_infimed.data.safe_files import HashedFile, sync
 from megatron_infimed.errors import UserError
@@ -78,6 +81,9 @@ class Saver:
         self.newest = newest
         """The newest complete checkpoint."""
         self._run, self._ranks, self._settings = run, ranks, settings
+        self._owner = f"{platform.node()} {os.getpid()} {time.time_ns()}\n"
+        if ranks.rank == 0:
+            self._claim()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._shares: Any = None
         self._pending: _Pending | None = None
@@ -95,6 +101,7 @@ class Saver:
         path = self._run / "checkpoints" / f"step_{state['step']:08d}"
         with self._together(path):
             if self._ranks.rank == 0:
+                self._refuse_if_taken_over()
                 shutil.rmtree(_aside(path), ignore_errors=True)
                 _aside(path).mkdir(parents=True)
         share, metadata, files = self._take(_aside(path), pieces, optimizer)
@@ -164,6 +171,7 @@ class Saver:
 
     def _publish(self, pending: _Pending, parts: list[_Written]) -> None:
         path, aside = pending.path, _aside(pending.path)
+        self._refuse_if_taken_over()
         assert pending.metadata is not None
         pending.share.finish(pending.metadata, [part.places for part in parts])
         hashes = {name: digest for part in parts for name, digest in part.hashes.items()} | {".metadata": sha256(aside / ".metadata")}
@@ -174,8 +182,34 @@ class Saver:
             shutil.rmtree(path)  # damaged, or training would not have come by here again
         aside.rename(path)
         sync(path.parent)
+        notes.write("progress", path.name)
         if self._settings is not None:
             self._remove_old(path, self._settings.keep, self._settings.keep_every)
+
+    def _claim(self) -> None:
+        """A process on a node that the cluster gave up may live on while the run already goes on elsewhere: the last to start has it."""
+        aside = self._run / "owner.tmp"
+        try:
+            self._run.mkdir(parents=True, exist_ok=True)
+            aside.write_text(self._owner)
+            aside.replace(self._run / "owner")
+        except OSError:  # the first save will say what is wrong with the disk
+            with contextlib.suppress(OSError):
+                (self._run / "owner").unlink()
+
+    def _owner_now(self) -> str:
+        try:
+            return (self._run / "owner").read_text()
+        except OSError:
+            return self._owner
+
+    def _owns(self) -> bool:
+        return self._owner_now() == self._owner
+
+    def _refuse_if_taken_over(self) -> None:
+        if (owner := self._owner_now()) != self._owner:
+            host, pid, _ = owner.split()
+            raise UserError(f"{self._run} was taken over by a later start (process {pid} on {host}): this one ends and saves nothing")
 
     def _remove_old(self, newest: Path, keep: int, keep_every: int | None) -> None:
         others = [c for c in in_run(self._run) if c.path != newest]
@@ -195,11 +229,13 @@ class Saver:
             trouble = self._said(path, e)
         if told := [words for words in gather(trouble) if words]:
             self._pending = None
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0 and self._owns():
                 shutil.rmtree(_aside(path), ignore_errors=True)
             raise UserError(told[0])
 
     def _said(self, path: Path, error: BaseException) -> str:
+        if isinstance(error, UserError):
+            return str(error)
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):  # torch raises errors of its own over it
             cause = cause.__cause__ or cause.__context__

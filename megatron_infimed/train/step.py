@@ -12,7 +12,7 @@ import itertools
 import resource
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Protocol, cast
@@ -129,19 +129,31 @@ def zero_gradients(run: Run) -> None:
 def forward_backward(run: Run, step: int, batches: MicroBatches) -> tuple[list[dict[str, Tensor]], list[Counts]]:
     """Adds the micro-batches' gradients; each one's figures from the last stage (elsewhere none), and what each held."""
     counts: list[Counts] = []
-    feeds = itertools.tee(_feed(run, step, batches, counts), len(run.pieces))  # each piece sees every micro-batch
-    one = len(run.pieces) == 1
-    schedule: Any = get_forward_backward_func()
-    sums = schedule(
-        forward_step_func=partial(forward_step, run, step),
-        data_iterator=feeds[0] if one else list(feeds),
-        model=run.pieces[0] if one else run.pieces,
-        num_microbatches=len(batches),
-        seq_length=run.recipe.batch.micro_rows * run.recipe.data.capacity,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    sums = through_pieces(run.recipe, run.pieces, _feed(run, step, batches, counts), len(batches), partial(forward_step, run, step))
     return sums, counts
+
+
+def through_pieces(
+    recipe: Recipe,
+    pieces: Sequence[torch.nn.Module],
+    feed: Iterator[PackedBatch],
+    micro_batches: int,
+    forward_step: Callable[[Iterator[PackedBatch], Any], Any],
+    forward_only: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Pushes micro-batches through this process's pieces by Megatron-Core's schedule; what the last stage logs of each."""
+    feeds = itertools.tee(feed, len(pieces))  # each piece sees every micro-batch
+    one = len(pieces) == 1
+    schedule: Any = get_forward_backward_func()
+    return schedule(
+        forward_step_func=forward_step,
+        data_iterator=feeds[0] if one else list(feeds),
+        model=pieces[0] if one else list(pieces),
+        num_microbatches=micro_batches,
+        seq_length=recipe.batch.micro_rows * recipe.data.capacity,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
 
 
 def _feed(run: Run, step: int, batches: MicroBatches, counts: list[Counts]) -> Iterator[PackedBatch]:

@@ -35,7 +35,7 @@ from megatron_infimed.model.initialize import initialize_weights
 from megatron_infimed.optional import REMEDY, use_transformer_engine
 from megatron_infimed.parallel import groups
 from megatron_infimed.parallel.groups import Ranks
-from megatron_infimed.recipe_files import dump_recipe
+from megatron_infimed.recipe_files import dump_recipe, what_decides
 from megatron_infimed.train import checkpoint
 from megatron_infimed.train.checkpoint import Checkpoint
 from megatron_infimed.train.guards import Guards, Verdict, name_culprits
@@ -82,7 +82,7 @@ def fit(recipe: Recipe) -> bool:
     if ranks.rank == 0:
         (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     _announce(recipe, ranks, schedule, first_step, newest, start_from)
-    loader = _loader(recipe, ranks, tokenizer, shards, schedule)
+    loader = make_loader(recipe, ranks, tokenizer, shards, schedule)
     run.waited = lambda: loader.wait_seconds
     about = {
         "format": 1,
@@ -161,7 +161,7 @@ def _heed(run: Run, verdict: Verdict, step: int, loader: Loader) -> None:
         log.warning("step %d: %s", step + 1, reason)
 
 
-def _loader(recipe: Recipe, ranks: Ranks, tokenizer: Tokenizer, shards: list[Shard], schedule: Schedule) -> Loader:
+def make_loader(recipe: Recipe, ranks: Ranks, tokenizer: Tokenizer, shards: list[Shard], schedule: Schedule) -> Loader:
     return Loader(
         recipe,
         shards,
@@ -183,6 +183,10 @@ def _start(recipe: Recipe, run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | No
         return None, None
     if not (own := checkpoint.in_run(run_dir)):
         found = checkpoint.find_sound(recipe.init_from, recipe.model, ranks)
+        if recipe.init_optimizer and (theirs := found.state["recipe"]["trainable"]) != recipe.trainable.model_dump():
+            raise UserError(
+                f"init_optimizer: {found.path} has moments of other parts ({theirs}) than trainable says: set it false, or train the same"
+            )
         return found, found.fingerprint
     try:
         return None, checkpoint.find(recipe.init_from).fingerprint
@@ -224,23 +228,15 @@ def _build(recipe: Recipe, ranks: Ranks, total_steps: int, newest: Checkpoint | 
     pieces, optimizer = wrap_and_optimize(models, recipe)
     if newest is not None:
         checkpoint.load_all(newest, models, optimizer)
+    elif start_from is not None and recipe.init_optimizer:
+        checkpoint.load_moments(start_from, models, optimizer)
     guards = Guards(recipe.guards, newest.state["recent_losses"] if newest else ())
     return Run(recipe, ranks, pieces, optimizer, total_steps, guards)
 
 
-# What a run directory's checkpoints depend on. Everything else (layout, logging, decoder, how long to run) may change on resumption.
-_FREE = {
-    "output": ..., "parallel": ..., "checkpoint": ..., "guards": ..., "log": ..., "max_steps": ..., "init_from": ...,
-    "precision": {"layers", "recompute"},
-    "data": {"decoder", "decode_threads", "prefetch", "sources", "tokenizer", "max_corrupt"},
-    "batch": {"micro_rows", "vision_images", "loss_tokens"},
-}  # fmt: skip
-
-
 def _identity(recipe: Recipe, schedule: Schedule, shards: list[Shard], init_from: str | None) -> dict[str, Any]:
-    kept = recipe.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
     return {
-        **{f"recipe.{name}": value for name, value in kept.items()},
+        **{f"recipe.{name}": value for name, value in what_decides(recipe).items()},
         "documents and rows": schedule.fingerprint,
         "data files": [hashlib.sha256(json.dumps(s.manifest["files"], sort_keys=True).encode()).hexdigest() for s in shards],
         "init_from": init_from,
@@ -270,7 +266,8 @@ def _announce(
     sizes = {"TP": ranks.tensor_size, "PP": ranks.pipeline_size, "VPP": ranks.virtual_size, "CP": ranks.context_size, "DP": ranks.data_size}
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one copy"
     layout += " SP" * recipe.parallel.sequence
-    weights = f"resumed from {newest.path}" if newest else f"weights of {start.path}" if start else "fresh weights"
+    taken = "weights and moments" if recipe.init_optimizer else "weights"
+    weights = f"resumed from {newest.path}" if newest else f"{taken} of {start.path}" if start else "fresh weights"
     log.info(
         "%s: %d steps (%d done), %s on %d process%s, %s",
         recipe.stage, schedule.total_steps, first_step, layout, ranks.world, "es" if ranks.world > 1 else "", weights,
@@ -279,7 +276,8 @@ def _announce(
 
 @contextmanager
 def _stop_on_signal(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (which SLURM sends before the time limit) end the run after the current step, saved."""
+    """SIGTERM and SIGUSR1 (which SLURM sends before the time limit) end the run after the current step, saved. Once stopped it heeds none:
+    a launcher ends all processes when the first has left, and would take those still on their way out for killed."""
 
     def stop(_number: int, _frame: Any) -> None:
         run.stop = True
@@ -289,7 +287,7 @@ def _stop_on_signal(run: Run) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if run.stop else handler)
 
 
 def _write_whole(path: Path, text: str) -> None:

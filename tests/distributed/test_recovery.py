@@ -21,6 +21,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_infimed import notes
 from megatron_infimed.config import ParallelConfig
 from megatron_infimed.parallel import cpu, groups
 from megatron_infimed.train.checkpoint import Checkpoint, in_run
@@ -95,7 +96,7 @@ def test_kill_in_a_save(recipe, whole, tmp_path):
 def test_signal_saves_and_ends_cleanly(recipe, whole, tmp_path):
     process = runs.start(recipe, tmp_path, *SETTINGS, "checkpoint.every=0")  # alone: torchrun itself dies of SIGUSR1
     text = runs.kill_when(process, lambda: lines(tmp_path) >= 2, signal.SIGUSR1)
-    assert process.returncode == 0, text
+    assert process.returncode == notes.AGAIN, text
     assert "stopped by a signal" in text and not (tmp_path / "DONE").exists()
     done = json.loads(next(tmp_path.glob("checkpoints/step_*/state.json")).read_text())["step"]
     assert done == lines(tmp_path)
@@ -151,6 +152,40 @@ def test_next_stage_starts_from_weights(recipe, whole, tmp_path):
     text = runs.train(recipe, tmp_path / "next", f"init_from={whole}", "trainable.vision=false", "max_steps=2", "stage=sft")
     assert f"weights of {whole}" in text
     assert runs.figures(tmp_path / "next")[0][0] < runs.figures(whole)[0][0] - 0.5, "the weights were not carried over"
+
+
+def test_next_stage_may_take_the_moments(recipe, whole, tmp_path):
+    """After one step each, with the same weights and rows: what is left of the old moments is the difference, whatever the new settings."""
+    again = [f"init_from={whole}", "max_steps=1", "optimizer.betas=[0.8, 0.9]", "batch.rows=2"]
+    text = runs.train_all(recipe, [(tmp_path / "without", again), (tmp_path / "with", [*again, "init_optimizer=true"])], processes=2)
+    assert f"weights and moments of {whole}" in text
+    before, without, taken = (_tensors(in_run(run)[-1]) for run in (whole, tmp_path / "without", tmp_path / "with"))
+    moments = [name for name in before if name.startswith("optimizer.state.exp_avg.")]
+    assert len(moments) > 20
+    for name in moments:
+        torch.testing.assert_close(taken[name] - without[name], 0.8 * before[name], rtol=1e-4, atol=1e-7)  # worst: 1e-9 off
+    assert runs.figures(tmp_path / "with")[0] == runs.figures(tmp_path / "without")[0]
+    text = runs.train(recipe, tmp_path / "other", *again, "init_optimizer=true", "trainable.vision=false", code=2)
+    assert "moments of other parts" in text
+
+
+def test_a_left_over_process_saves_nothing(recipe, whole, tmp_path):
+    """On a node that was given up processes may live on: the run belongs to the last that started."""
+    left_over = runs.start(recipe, tmp_path, *SETTINGS, "checkpoint.every=4")
+    try:
+        while lines(tmp_path) < 2:
+            assert left_over.poll() is None
+            time.sleep(0.01)
+        left_over.send_signal(signal.SIGSTOP)
+        resume_equals(recipe, tmp_path, whole)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")}
+        left_over.send_signal(signal.SIGCONT)
+        text = left_over.communicate(timeout=120)[0]
+        assert left_over.returncode == 2 and "was taken over by a later start" in text, text
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*")} == before
+        assert runs.figures(tmp_path) == runs.figures(whole)
+    finally:
+        left_over.kill()
 
 
 def test_errors_are_one_line(recipe, tmp_path):
@@ -216,10 +251,15 @@ def _inode(path: Path) -> int:
 
 def _stale(checkpoint: Checkpoint) -> list[str]:
     """Names of weights that differ from the optimizer's copy of them (float32: they are the same numbers)."""
+    held = _tensors(checkpoint)
+    mains = {name: tensor for name, tensor in held.items() if name.startswith("optimizer.state.param.")}
+    assert mains
+    return [name for name, main in mains.items() if not torch.equal(main, held[name.removeprefix("optimizer.state.param.")])]
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     groups.initialize(ParallelConfig())
     with cpu.cuda_means_cpu():
         held = dist_checkpointing.load_plain_tensors(str(checkpoint.path))
     groups.shut_down()
-    mains = {name: tensor for name, tensor in held.items() if name.startswith("optimizer.state.param.")}
-    assert mains
-    return [name for name, main in mains.items() if not torch.equal(main, held[name.removeprefix("optimizer.state.param.")])]
+    return held

@@ -160,7 +160,7 @@ def test_every_file_is_in_the_manifest(training, tmp_path):
 @contextlib.contextmanager
 def small_disk(folder: Path):
     """Files in it cannot exceed 1 MiB, really: a file system of that size (root), else the kernel's limit. Yields what the kernel says."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     if os.getuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode == 0:
         try:
             yield r"No space left on device, \d\.\d MiB free.*free or add space, or lower checkpoint.keep"

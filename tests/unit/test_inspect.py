@@ -363,7 +363,6 @@ document.body.dataset.log = log.join(" ");
 }"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_flipped_bits_are_one_line_or_a_page(tokenizer, tmp_path):
     """Sizes and the manifest hold, the content does not: never a traceback."""
     prefix = write(tmp_path / "s", tokenizer, [(f"d{i}", "a", "What?", "A CT.", [i % 3]) for i in range(20)], tiny_images(3))
@@ -383,6 +382,8 @@ def test_flipped_bits_are_one_line_or_a_page(tokenizer, tmp_path):
 
 
 def test_sorting_switching_and_row_keys_in_a_browser(html, tmp_path):
+    assert CHROMIUM, "no chromium here: apt-get install -y --no-install-recommends chromium"
+
     def dom(text):
         (tmp_path / "page.html").write_text(text)
         words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]

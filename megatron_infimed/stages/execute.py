@@ -1,0 +1,206 @@
+"""Stages executed on this machine, one after another.
+
+`begin` and `end` frame a stage wherever it runs: the first looks whether it is to run at all and may (inputs, gates), the second records that it
+is done. Commands of several processes are started by torch's elastic launcher, called as a library: under the command torchrun a user's
+mistake would end in a traceback of torchrun's own. A stage that was stopped or killed goes on where it can: training, preprocessing and
+evaluation all do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_infimed import notes
+from megatron_infimed.errors import UserError
+from megatron_infimed.stages.chain import Chain, Command, Gate, Stage
+from megatron_infimed.stages.standing import made_of, read, record, standings, write
+
+log = logging.getLogger(__name__)
+
+
+class StageFailed(UserError):
+    """A stage's command did not end well; with its exit code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def to_do(chain: Chain, redo: bool) -> list[str]:
+    """The stages that are not done, in order.
+
+    Raises:
+        UserError: some were done with something that has changed since, and redo is not said.
+    """
+    found = standings(chain)
+    if not redo and (stale := [f"  {name}: {few(one.changed)} changed" for name, one in found.items() if one.stale]):
+        raise UserError(
+            "\n".join([f"{len(stale)} stages are done, but of something else than now", *stale])
+            + "\n--redo does them again (what they left is kept beside, as *.before-TIME); --accept takes their results as they are"
+        )
+    return [name for name, one in found.items() if not one.done]
+
+
+def accept(chain: Chain) -> list[str]:
+    """Records stages that were done with something else as if it had been with what is there now; their names."""
+    taken = [name for name, one in standings(chain).items() if one.stale]
+    for name in taken:
+        record(chain, name, made_of(chain, name), read(chain, f"{name}.json")["seconds"])
+    return taken
+
+
+def run_here(chain: Chain, redo: bool = False, processes: int | None = None, until: str | None = None) -> None:
+    """Runs what is to do.
+
+    Args:
+        processes: for every command that takes several, whatever the chain says.
+        until: the last stage to run.
+
+    Raises:
+        StageFailed, UserError: nothing after it is run.
+    """
+    if until is not None and until not in chain.stages:
+        raise UserError(f"--until {until}: the chain has {', '.join(chain.stages)}")
+    with locked(chain):
+        waiting = to_do(chain, redo)
+        for name in chain.stages:
+            os.environ["INFIMED_NOTES"] = str(_fresh_notes(chain, name))
+            if name not in waiting or not begin(chain, name, redo):
+                log.info("%s: done before", name)
+            else:
+                log.info("%s: begins", name)
+                for command in chain.stages[name].commands:
+                    _execute(name, command, processes)
+                log.info("%s: done in %.0f s", name, end(chain, name))
+            if name == until:
+                return
+
+
+def begin(chain: Chain, name: str, redo: bool = False) -> bool:
+    """Whether the stage is to run now. If so its beginning is noted, and what an earlier, different run of it has left is set aside.
+
+    Raises:
+        UserError: an input is missing, a gate is closed, or it was done with something else and redo is not said.
+    """
+    stage, standing = chain.stages[name], standings(chain)[name]
+    if standing.done:
+        return False
+    if missing := [path for path in stage.reads if not Path(path).exists()]:
+        raise UserError(f"{name} reads {', '.join(missing)}, which no stage before it has left")
+    for gate in stage.gates:
+        _pass(name, gate)
+    parts, begun = made_of(chain, name), read(chain, f"{name}.begun.json")
+    if begun is None or begun["made_of"] != parts:
+        if standing.stale and not redo:
+            raise UserError(f"{name} was done, but {few(standing.changed)} changed since: --redo does it again, --accept takes it as it is")
+        if standing.stale:
+            _set_aside(stage)
+        write(chain, f"{name}.begun.json", {"made_of": parts, "at": time.time()})
+    return True
+
+
+def end(chain: Chain, name: str) -> float:
+    """Records that the stage is done, where it was begun; the seconds since its beginning."""
+    begun = read(chain, f"{name}.begun.json")
+    if begun is None:
+        return 0.0
+    seconds = time.time() - begun["at"]
+    record(chain, name, begun["made_of"], seconds)
+    (Path(chain.output) / f"{name}.begun.json").unlink()
+    return seconds
+
+
+@contextmanager
+def locked(chain: Chain) -> Iterator[None]:
+    """One `stages run` or `submit` of a chain at a time; the lock goes with the process that holds it."""
+    path = Path(chain.output) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"{chain.chain} is being run or submitted by process {file.read().strip()}: wait for it, or stop it") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def _pass(name: str, gate: Gate) -> None:
+    try:
+        value = json.loads(Path(gate.file).read_text())
+        for key in gate.value.split("."):
+            value = value[key]
+        found = float(value)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{name} does not start: its gate finds no number {gate.value} in {gate.file} ({type(e).__name__})") from None
+    low, high = gate.at_least, gate.at_most
+    if not ((low is None or found >= low) and (high is None or found <= high)):
+        wanted = " and ".join(f"{words} {limit:g}" for words, limit in (("at least", low), ("at most", high)) if limit is not None)
+        raise UserError(f"{name} does not start: {gate.value} is {found:g} in {gate.file}, its gate asks for {wanted}")
+
+
+def _set_aside(stage: Stage) -> None:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    recipe = stage.recipe
+    for path in [Path(recipe.output)] if stage.kind == "train" and recipe is not None else [Path(p) for p in stage.leaves]:
+        if path.exists():
+            path.rename(path.with_name(f"{path.name}.before-{stamp}"))
+            log.info("%s is now %s.before-%s", path, path, stamp)
+
+
+def _fresh_notes(chain: Chain, name: str) -> Path:
+    folder = (Path(chain.output) / f"{name}.notes").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for note in folder.iterdir():
+        note.unlink()
+    return folder
+
+
+def _execute(name: str, command: Command, processes: int | None) -> None:
+    words = [sys.executable, *command.words[1:]] if command.words[0] == "python" else list(command.words)
+    ranks = processes if processes and command.ranks > 1 else command.ranks
+    code = _together(words, ranks) if ranks > 1 else subprocess.run(words, check=False).returncode
+    if code == notes.AGAIN:
+        raise StageFailed(f"{name} was stopped by a signal and has saved; run the chain again to go on", code)
+    if code:
+        text = f"{name} failed (exit code {code}): {shlex.join(command.words)}"
+        if not any((Path(os.environ["INFIMED_NOTES"]) / note).exists() for note in ("why", "crash")):
+            notes.write("crash", text)
+        raise StageFailed(text, code)
+
+
+def _together(words: Sequence[str], ranks: int) -> int:
+    """Starts the words as processes that know of each other; the first exit code that is not 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun and launch/common.sh: the same losses to the last bit
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes have said it themselves
+    config = LaunchConfig(
+        1, 1, ranks, run_id=f"stage-{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1
+    )
+    try:
+        elastic_launch(config, words[0])(*words[1:])
+    except ChildFailedError as e:
+        return e.get_first_failure()[1].exitcode
+    except SignalException:
+        return notes.AGAIN
+    return 0
+
+
+def few(parts: Sequence[str]) -> str:
+    """The first four, and how many more."""
+    return ", ".join(parts[:4]) + f" and {len(parts) - 4} more" * (len(parts) > 4)

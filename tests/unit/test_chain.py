@@ -1,0 +1,106 @@
+"""What a chain's file may say, and what it is told when it says something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_infimed.errors import UserError
+from megatron_infimed.stages.chain import Chain, load_chain
+from megatron_infimed.stages.slurm import options_of
+
+RECIPE = "launch/recipes/sft_general_4b.yaml"
+
+
+def chain(folder: Path, stages: dict, *words: str, **more: object) -> Chain:
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump({"chain": "c", "output": str(folder / "out"), "stages": stages, **more}, sort_keys=False))
+    return load_chain(path, words)
+
+
+def test_a_stage_comes_after_the_one_above_unless_it_says_otherwise(tmp_path):
+    made = chain(tmp_path, {"a": {"run": "x"}, "b": {"run": "x"}, "c": {"run": "x", "after": ["a"]}, "d": {"run": "x", "after": []}})
+    assert [made.after(name) for name in "abcd"] == [(), ("a",), ("a",), ()]
+
+
+def test_what_our_commands_read_and_leave_is_known(tmp_path):
+    here = tmp_path / "x.json"
+    here.write_text("{}")
+    words = [f"output={tmp_path}/run", f"data.sources=[{{prefix: {tmp_path}/x}}]", f"init_from={tmp_path}/before"]
+    run = {"train": RECIPE, "set": words}
+    options = {"questions": str(here), "output": f"{tmp_path}/eval", "gray": True}
+    made = chain(
+        tmp_path,
+        {
+            "before": {"run": "x", "outputs": [f"{tmp_path}/before"]},
+            "train": run,
+            "look": {"evaluate": RECIPE, "set": words, "options": options},
+        },
+    )
+    assert made.stages["train"].reads == [f"{tmp_path}/x.json", f"{tmp_path}/before/DONE"]
+    assert made.stages["train"].leaves == [f"{tmp_path}/run/DONE"]
+    assert made.stages["look"].reads == [f"{tmp_path}/run/DONE", str(here)]
+    assert made.stages["look"].leaves == [f"{tmp_path}/eval/scores.json"]
+    (command,) = made.stages["look"].commands
+    assert command.words == (
+        "python", "-m", "megatron_infimed", "evaluate", RECIPE, *words, "--questions", str(here), "--output", f"{tmp_path}/eval", "--gray",
+    )  # fmt: skip
+
+
+def test_names_are_filled_in_and_replaced_by_words(tmp_path):
+    stages = {"a": {"run": ["echo ${what} $$HOME"]}}
+    assert chain(tmp_path, stages, let={"what": "this"}).stages["a"].commands[0].words == ("echo", "this", "$HOME")
+    assert chain(tmp_path, stages, "what=that", let={"what": "this"}).stages["a"].commands[0].words == ("echo", "that", "$HOME")
+
+
+def test_resources_are_taken_key_by_key_and_become_options(tmp_path):
+    made = chain(
+        tmp_path, {"a": {"run": "x", "resources": {"nodes": 4, "cpus": 6}}, "b": {"run": "x"}}, resources={"gpus": 8, "time": "2:00:00"}
+    )
+    a, b = (made.stages[name].resources for name in "ab")
+    assert (a.ranks, b.ranks) == (32, 8)
+    assert options_of(a) == ["--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-gpu=6", "--time=2:00:00"]
+    assert "--cpus-per-task=3" in options_of(a.model_copy(update={"gpus": 0, "cpus": 3}))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"a": {}}, "stages.a: give one of run, train, plan, evaluate, validate"),
+        ({"a": {"run": "x", "train": RECIPE}}, "not run and train"),
+        ({"a": {"run": "x", "options": {"gray": True}}}, "set and options belong to a recipe's command"),
+        ({"a": {"run": "x", "after": ["b"]}, "b": {"run": "x"}}, "stages.a.after: b does not stand above it"),
+        ({"a": {"run": "x", "inputs": ["/nowhere/at/all"]}}, "stages.a: /nowhere/at/all is not there, and no stage above it makes it"),
+        ({"a": {"run": "x", "outputs": ["o"]}, "b": {"run": "x", "outputs": ["o"]}}, "stages.b: o is left by a too"),
+        ({"a": {"run": "x", "resources": {"nodes": 2, "processes": 3}}}, "processes 3 do not divide over nodes 2"),
+        ({"a": {"run": "x", "gates": [{"file": "f", "value": "v"}]}}, "give at_least or at_most"),
+        ({"a": {"run": "x", "colour": 1}}, "stages.a.colour: Extra inputs are not permitted"),
+        ({"a": {"run": "echo ${who}"}}, "${who} in 'echo ${who}' is not among `let`"),
+        ({"a": {"run": "echo $5"}}, "write $$ for the sign itself"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, stages, message):
+    with pytest.raises(UserError) as said:
+        chain(tmp_path, stages)
+    assert message in str(said.value)
+
+
+def test_all_problems_come_at_once(tmp_path):
+    with pytest.raises(UserError, match="2 problems in the chain"):
+        chain(tmp_path, {"a": {"run": "x", "inputs": ["/no/1", "/no/2"]}})
+
+
+def test_a_word_must_be_a_name_of_the_chain(tmp_path):
+    with pytest.raises(UserError, match=r"'split=dev': .* has no such name to set; it has run=\.\.\."):
+        chain(tmp_path, {"a": {"run": "x"}}, "split=dev", let={"run": "r"})
+
+
+@pytest.mark.parametrize("path", sorted(Path("launch/chains").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_chains_ask_for_nothing_but_data_and_weights(path):
+    with pytest.raises(UserError) as said:
+        load_chain(path)
+    lines = str(said.value).splitlines()[1:]
+    assert lines and all("is not there, and no stage above it makes it" in line for line in lines), lines
+    assert load_chain(path, to_run=False).stages, "its state can be asked for all the same"

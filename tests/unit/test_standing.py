@@ -1,0 +1,144 @@
+"""What makes a stage stale: settings that decide, inputs, code it can reach, what it left; and what does not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_infimed.errors import UserError
+from megatron_infimed.stages import execute, standing
+from megatron_infimed.stages.chain import Chain, Gate, load_chain
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in.txt").write_text("data")
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    (tmp_path / "script.py").write_text("import helper  # comment\n")
+    return tmp_path
+
+
+def load(folder: Path, words: str = "", **first: object) -> Chain:
+    a = {"run": f"python {folder}/script.py {words}", "inputs": [f"{folder}/in.txt"], "outputs": [f"{folder}/out.txt"], **first}
+    (folder / "c.yaml").write_text(yaml.safe_dump({"chain": "c", "output": f"{folder}/o", "stages": {"a": a, "b": {"run": "true"}}}))
+    return load_chain(folder / "c.yaml")
+
+
+def finish(chain: Chain, folder: Path) -> None:
+    (folder / "out.txt").write_text("made")
+    for name in chain.stages:
+        if execute.begin(chain, name):
+            execute.end(chain, name)
+    assert all(one.done for one in standing.standings(chain).values())
+
+
+def changed(chain: Chain) -> dict[str, tuple[str, ...]]:
+    standing.code.cache_clear(), standing._source.cache_clear()
+    return {name: one.changed for name, one in standing.standings(chain).items()}
+
+
+def test_nothing_changed(folder):
+    finish(load(folder), folder)
+    assert changed(load(folder)) == {"a": (), "b": ()}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "part"),
+    [("in.txt", "other", "input {}/in.txt"), ("helper.py", "x = 2", "code {}/helper.py"), ("out.txt", "cut", "its output {}/out.txt")],
+)
+def test_what_a_stage_is_made_of(folder, file, text, part):
+    finish(load(folder), folder)
+    (folder / file).write_text(text)
+    assert changed(load(folder)) == {"a": (part.format(folder),), "b": ("a before it",)}
+
+
+def test_settings_count_and_comments_do_not(folder):
+    finish(load(folder), folder)
+    (folder / "script.py").write_text("# another comment\nimport helper\n")
+    assert changed(load(folder)) == {"a": (), "b": ()}
+    assert changed(load(folder, "more"))["a"] == ("its commands",)
+
+
+def test_what_follows_is_stale_only_where_something_else_came_out(folder):
+    chain = load(folder)
+    finish(chain, folder)
+    (folder / "helper.py").write_text("x = 3")
+    standing.code.cache_clear(), standing._source.cache_clear()
+    assert execute.begin(chain, "a", redo=True)
+    assert not (folder / "out.txt").exists() and len(list(folder.glob("out.txt.before-*"))) == 1, "what it left is kept beside"
+    (folder / "out.txt").write_text("made")
+    execute.end(chain, "a")
+    assert standing.standings(chain)["b"].done, "the same came out"
+
+
+def test_stale_stages_are_named_before_anything_runs(folder):
+    finish(load(folder), folder)
+    (folder / "in.txt").write_text("other")
+    with pytest.raises(UserError, match=r"(?s)2 stages are done, but of something else.*a: input .*in.txt changed.*b: a before it"):
+        execute.to_do(load(folder), redo=False)
+    assert execute.to_do(load(folder), redo=True) == ["a", "b"]
+    assert execute.accept(load(folder)) == ["a", "b"]
+    assert execute.to_do(load(folder), redo=False) == []
+
+
+def test_a_stage_that_began_goes_on_and_sets_nothing_aside(folder):
+    chain = load(folder)
+    finish(chain, folder)
+    (folder / "in.txt").write_text("other")
+    assert execute.begin(chain, "a", redo=True)
+    (folder / "out.txt").write_text("half")
+    assert execute.begin(chain, "a", redo=True), "begun again, as after a requeue"
+    assert (folder / "out.txt").read_text() == "half"
+
+
+def test_an_output_that_is_not_there(folder):
+    chain = load(folder)
+    execute.begin(chain, "a")
+    with pytest.raises(UserError, match=r"a ended without .*out.txt"):
+        execute.end(chain, "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "message"),
+    [
+        ('{"eval": {"loss": 2.0}}', {"at_most": 2.0}, ""),
+        ('{"eval": {"loss": 2.0}}', {"at_least": 1, "at_most": 3}, ""),
+        ('{"eval": {"loss": 2.0}}', {"at_most": 1.5}, "eval.loss is 2 in .*asks for at most 1.5"),
+        ('{"eval": {"loss": NaN}}', {"at_most": 1.5}, "is nan"),
+        ('{"eval": {}}', {"at_most": 1.5}, "finds no number eval.loss"),
+        ("nonsense", {"at_most": 1.5}, "finds no number"),
+    ],
+)
+def test_gates(folder, text, limits, message):
+    (folder / "g.json").write_text(text)
+    chain = load(folder, gates=[Gate(file=f"{folder}/g.json", value="eval.loss", **limits).model_dump(exclude_none=True)])
+    if message:
+        with pytest.raises(UserError, match=message):
+            execute.begin(chain, "a")
+    else:
+        assert execute.begin(chain, "a")
+
+
+def test_the_code_of_training_is_what_training_imports():
+    files = standing.code((standing.PACKAGE / "train/trainer.py",))
+    assert {"megatron_infimed/train/step.py", "megatron_infimed/data/packing.py", "megatron_infimed/model/infimed.py"} <= set(files)
+    assert not any(part in file for file in files for part in ("/evaluate/", "/report/", "/intake/dicom", "cli.py", "/stages/", "estimate"))
+
+
+def test_large_files_go_by_size_and_time(folder, monkeypatch):
+    monkeypatch.setattr(standing, "BY_CONTENT", 3)
+    before = standing.fingerprint(folder / "in.txt")
+    assert before.startswith("4 bytes")
+    os.utime(folder / "in.txt", (1, 1))
+    assert standing.fingerprint(folder / "in.txt") != before
+    shutil.rmtree(folder / "o", ignore_errors=True)
+
+
+def test_one_at_a_time(folder):
+    chain = load(folder)
+    with execute.locked(chain), pytest.raises(UserError, match=r"c is being run or submitted by process \d+"), execute.locked(chain):
+        pass
