@@ -47,10 +47,9 @@ per_node=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # ranks on each node: 
 per_node=${SLURM_NTASKS_PER_NODE:-${per_node##*:}}        # ... unless the job says otherwise
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID} # of an array, this task alone
+most_idle=${INFIMED_MAX_IDLE_STARTS:-3}
 restart=${SLURM_RESTART_COUNT:-0} front='' stopped='' steps=0
-container=()
-[ -z "${INFIMED_CONTAINER:-}" ] || container+=("--container-image=$INFIMED_CONTAINER" "--container-workdir=$PWD")
-[ -z "${INFIMED_MOUNTS:-}" ] || container+=("--container-mounts=$INFIMED_MOUNTS")
+image=${INFIMED_CONTAINER:-} mounts=${INFIMED_MOUNTS:-} container=()
 
 say() { printf '== %s %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -71,9 +70,12 @@ in_step() {
   # --kill-on-bad-exit: when one task fails the others end too, instead of waiting for it in a collective until that times out.
   # --overcommit: ranks need not have a core each; a job that shares its node may have been given fewer.
   # --cpu-bind=none: a task may use any core of the node; without it each could be tied to a single one, decoding threads and all.
+  # --export=ALL: also on sites where sbatch itself exports nothing.
+  # env: images have their own ideas (NVIDIA's set RANK, WORLD_SIZE, MASTER_ADDR by rules of theirs), which would win over ours.
   # shellcheck disable=SC2086 # INFIMED_SRUN is several words
-  MASTER_PORT=${MASTER_PORT:-$(free_port)} srun --kill-on-bad-exit=1 --overcommit --cpu-bind=none "${container[@]}" ${INFIMED_SRUN:-} "${options[@]}" \
-    "$@" </dev/null &
+  srun --export=ALL --kill-on-bad-exit=1 --overcommit --cpu-bind=none "${container[@]}" ${INFIMED_SRUN:-} "${options[@]}" \
+    env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u MASTER_ADDR ${MASTER_ADDR:+MASTER_ADDR="$MASTER_ADDR"} MASTER_PORT="${MASTER_PORT:-$(free_port)}" \
+    INFIMED_NOTES="$INFIMED_NOTES" PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" "$@" </dev/null &
   front=$!
   wait "$front" # a trapped signal ends the waiting, not the step
   while kill -0 "$front" 2>/dev/null; do wait "$front"; done
@@ -112,7 +114,7 @@ train() {
 }
 
 stop() {
-  stopped=$1
+  stopped=1
   say "SIG$1: it is asked to save"
   # srun passes it on to all tasks. Again and again: a process may not listen yet.
   [ -z "$front" ] || while kill -USR1 "$front" 2>/dev/null && sleep 20; do :; done &
@@ -121,13 +123,22 @@ stop() {
 supervise() {
   local words=() word code
   for word in "$@"; do
-    case $word in --container-*) container+=("$word") ;; *) words+=("$word") ;; esac
+    case $word in
+      --container-image=*) image=${word#*=} ;;
+      --container-mounts=*) mounts=${word#*=} ;;
+      --container-*) container+=("$word") ;;
+      *) words+=("$word") ;;
+    esac
   done
+  [ -z "$image" ] || container+=("--container-image=$image")
+  [ -z "$mounts" ] || container+=("--container-mounts=$mounts")
+  [ -z "$image" ] || [[ " ${container[*]}" == *" --container-workdir="* ]] || container+=("--container-workdir=$PWD")
   trap 'stop USR1' USR1
   trap 'stop TERM' TERM
   mkdir -p "$INFIMED_NOTES"
   rm -f "$INFIMED_NOTES"/{why,crash,commands,ended,bad_nodes}
-  echo "$restart $(progress) $(date +%FT%T) $SLURM_JOB_NODELIST" >>"$INFIMED_NOTES/starts"
+  echo "$restart $(reached) $(date +%FT%T) $SLURM_JOB_NODELIST" >>"$INFIMED_NOTES/starts"
+  [ "$(idle_starts)" -le $((3 * most_idle)) ] || give_up "SLURM itself started it again each time" # a job that takes its node down with it
   say "start $((restart + 1)) of $SLURM_JOB_NAME, job $SLURM_JOB_ID, on $SLURM_JOB_NODELIST, $per_node processes a node, from $(progress)"
   "${words[@]}"
   code=$?
@@ -143,37 +154,60 @@ supervise() {
 
 progress() { cat "$INFIMED_NOTES/progress" 2>/dev/null || echo nothing; }
 
+# Where the job stands: what is saved, and how many nodes it does without; a start that changes neither was in vain.
+reached() { echo "$(progress)/$(sort -u "$INFIMED_NOTES/left_out" 2>/dev/null | wc -l)"; }
+
 # How many starts, the last ones, have begun where we are now.
 idle_starts() {
-  awk -v now="$(progress)" '{ n = $2 == now ? n + 1 : 0 } END { print n + 0 }' "$INFIMED_NOTES/starts"
+  awk -v now="$(reached)" '{ n = $2 == now ? n + 1 : 0 } END { print n + 0 }' "$INFIMED_NOTES/starts"
+}
+
+give_up() {
+  echo "no progress in $(idle_starts) starts, all from $(progress); $1" >"$INFIMED_NOTES/why"
+  say "failed: $(cat "$INFIMED_NOTES/why")"
+  exit 1
+}
+
+# Asks SLURM's controller, for eight minutes and more if it does not answer: it may be starting again itself.
+ask() {
+  local said wait=1
+  until said=$("$@" 2>"$INFIMED_NOTES/answer"); do
+    if grep -qi 'invalid job id' "$INFIMED_NOTES/answer" || [ "$wait" -gt 30 ]; then
+      cat "$INFIMED_NOTES/answer" >&2
+      return 1
+    fi
+    sleep "$wait"
+    wait=$((wait + 1))
+  done
+  rm -f "$INFIMED_NOTES/answer"
+  echo "$said"
 }
 
 start_again() {
-  local code=$1 idle most=${INFIMED_MAX_IDLE_STARTS:-3} state bad=''
-  idle=$(idle_starts)
-  if [ "$idle" -ge "$most" ]; then
-    echo "no progress in $idle starts, all from $(progress); the last ended with exit code $code${stopped:+ after SIG$stopped}$(
-      sed '1s/^/: /;1q' "$INFIMED_NOTES/crash" 2>/dev/null)" >"$INFIMED_NOTES/why"
-    say "failed: $(cat "$INFIMED_NOTES/why")"
-    exit 1
-  fi
-  state=$(squeue --noheader --jobs="$job" --format=%T)
+  local code=$1 state given bad=''
+  state=$(ask squeue --noheader --jobs="$job" --format=%T)
   if [ "$state" != RUNNING ]; then # cancelled; or pre-empted or lost a node, and SLURM has already put it back
     say "ends with exit code $code, being ${state:-gone}"
     exit 75
   fi
-  [ ! -s "$INFIMED_NOTES/bad_nodes" ] || bad=$(cat "$INFIMED_NOTES"/{left_out,bad_nodes} 2>/dev/null | sort -u | tee "$INFIMED_NOTES/left_out.new" | paste -sd,)
-  say "exit code $code${stopped:+ after SIG$stopped}, got to $(progress): back into the queue${bad:+, without $bad}"
-  if ! scontrol requeue "$job"; then
+  if [ -s "$INFIMED_NOTES/bad_nodes" ]; then
+    cat "$INFIMED_NOTES"/{left_out,bad_nodes} 2>/dev/null | sort -u >"$INFIMED_NOTES/left_out.new"
+    mv "$INFIMED_NOTES"/left_out{.new,}
+    bad=$(paste -sd, "$INFIMED_NOTES/left_out")
+  fi
+  # What a signal has ended was nobody's fault: more patience.
+  if [ "$(idle_starts)" -ge $((stopped ? 3 * most_idle : most_idle)) ]; then
+    give_up "the last ended with exit code $code${stopped:+ after a signal}$(sed '1s/^/: /;1q' "$INFIMED_NOTES/crash" 2>/dev/null)"
+  fi
+  say "exit code $code${stopped:+ after a signal}, got to $(progress): back into the queue${bad:+, without $bad}"
+  if ! ask scontrol requeue "$job" && [ "$(ask squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
     say "SLURM does not requeue it"
     exit 1
   fi
   if [ -n "$bad" ]; then # only a waiting job takes it; SLURM's requeue leaves a while before it can start
-    mv "$INFIMED_NOTES"/left_out{.new,}
-    local given
-    given=$(scontrol show job --oneliner "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    given=$(ask scontrol show job --oneliner "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
     [ "$given" = "(null)" ] && given=''
-    scontrol update JobId="$job" ExcNodeList="${given:+$given,}$bad" || say "SLURM does not exclude $bad"
+    ask scontrol update JobId="$job" ExcNodeList="${given:+$given,}$bad" || say "SLURM does not exclude $bad"
   fi
   exit 75
 }

@@ -6,7 +6,7 @@
 
 # Either a container, through pyxis ...
 # export INFIMED_CONTAINER=/shared/images/infimed.sqsh
-# export INFIMED_MOUNTS=/shared/project:/shared/project,/shared/data:/shared/data
+# export INFIMED_MOUNTS=/shared/project:/shared/project,/shared/data:/shared/data # with the project's folder under the same path
 # ... or an environment that all nodes see:
 # . /shared/project/.venv/bin/activate
 

@@ -1,0 +1,1 @@
+import megatron_infimed.parallel  # noqa: F401 # before Megatron-Core

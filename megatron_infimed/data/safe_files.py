@@ -115,13 +115,19 @@ def _locked(path: Path) -> int | None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+    except OSError as e:
+        if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):  # a file system without locks: we go on without
             return handle
-    except BlockingIOError:
         os.close(handle)
+        if e.errno == errno.ESTALE:
+            return None
         raise
-    except OSError:  # a file system without locks: we go on without
-        return handle
+    try:
+        if os.fstat(handle).st_ino == path.stat().st_ino:
+            return handle
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
     os.close(handle)
     return None
 

@@ -3,7 +3,8 @@
 Megatron-Core names the device "cuda" in a few dozen places. `install()` is called once, only where CUDA is absent. It gives the modules
 that do so a stand-in for their global `torch` which forwards every name and reads the device "cuda" as "cpu"; nobody else's torch changes,
 except three functions of `torch.cuda` that would raise here anyway. `cuda_means_cpu()` covers what a module cannot be told: methods of
-tensors, such as `tensor.cuda()` and the optimizer's comparison of `tensor.type()` with "torch.cuda.FloatTensor".
+tensors, such as `tensor.cuda()` and the optimizer's comparison of `tensor.type()` with "torch.cuda.FloatTensor". `import_megatron()` spares
+every process the compiler, which nothing here would use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import importlib
 import types
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -70,6 +72,14 @@ class _TorchOnCpu(types.ModuleType):
             value = _on_cpu(value)
         setattr(self, name, value)  # the next look-up finds it without this detour
         return value
+
+
+def import_megatron() -> None:
+    """Imports Megatron-Core. Without CUDA its `torch.compile` decorators do nothing: no setting of model/presets.py calls what they decorate,
+    and the compiler alone takes two of the five CPU seconds in which a process starts. To be called before anything of Megatron-Core is imported."""
+    if not torch.cuda.is_available():
+        with patch.object(torch, "compile", lambda f=None, **_: f or (lambda g: g)):
+            importlib.import_module("megatron.core")
 
 
 @functools.cache

@@ -84,13 +84,13 @@ def check(engine: Engine) -> None:
 def place() -> tuple[int, int]:
     """(rank, world) among the processes that torchrun, a SLURM array or srun has started; UserError where none of them has."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"])
-    if "SLURM_ARRAY_TASK_ID" in env:
+    if "SLURM_ARRAY_TASK_ID" in env:  # first: NVIDIA's containers set RANK and WORLD_SIZE by the step
         rank, world = int(env["SLURM_ARRAY_TASK_ID"]), int(env["SLURM_ARRAY_TASK_COUNT"])
         if rank >= world:
             raise UserError(f"array task {rank} of {world}: number them from 0, as in sbatch --array=0-{world - 1}")
         return rank, world
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
     if "SLURM_PROCID" in env:
         return int(env["SLURM_PROCID"]), int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     raise UserError("--engine ranks: neither torchrun nor a SLURM array nor srun has started this process; take --engine local")

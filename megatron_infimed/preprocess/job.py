@@ -41,7 +41,7 @@ class Input:
     sha256: str
     """Of the file; of a folder, over the names and hashes of its files."""
     mtime_ns: int = 0
-    """A file that has still this size and time need not be hashed again."""
+    """A file that has still this size and time need not be hashed again; a folder's is a number made of all its files' names, sizes and times."""
 
     @property
     def name(self) -> str:
@@ -222,16 +222,20 @@ def describe_inputs(paths: Sequence[Path], source: str | None, known: Sequence[I
 
 
 def _content(path: Path, known: Mapping[tuple[str, int, int], str]) -> tuple[int, str, int]:
-    """(bytes, sha256, mtime_ns; 0 for a folder)."""
+    """(bytes, sha256, mtime_ns) of an Input."""
     try:
         if not path.is_dir():
             stat = path.stat()
             key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
             return stat.st_size, known.get(key) or hash_file(path), stat.st_mtime_ns
         files = sorted(p for p in path.rglob("*") if p.is_file())
+        about = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        size, listing = sum(entry[1] for entry in about), int(hashlib.sha256(repr(about).encode()).hexdigest()[:15], 16)
+        if before := known.get((str(path.absolute()), size, listing)):
+            return size, before, listing
         whole = hashlib.sha256()
         for file in files:
             whole.update(f"{file.relative_to(path)}\0{hash_file(file)}\n".encode("utf-8", "surrogateescape"))
-        return sum(p.stat().st_size for p in files), whole.hexdigest(), 0
+        return size, whole.hexdigest(), listing
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror})") from None

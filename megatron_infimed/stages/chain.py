@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -99,6 +99,13 @@ class Stage(_Section):
             raise ValueError(f"give one of {', '.join(KINDS)}" + (f", not {' and '.join(given)}" if given else ""))
         if self.kind == "run" and (self.set or self.options):
             raise ValueError("set and options belong to a recipe's command; write them into run")
+        for line in self.run:
+            try:
+                words = shlex.split(line)
+            except ValueError as e:
+                raise ValueError(f"{line!r} is no command line: {e}") from None
+            if not words:
+                raise ValueError("an empty command line")
         return self
 
     def of(self, kind: Kind) -> Any:
@@ -166,7 +173,7 @@ class Chain(_Section):
     let: dict[str, str] = {}
     resources: Resources = Resources()
     """Of stages that say nothing else, key by key."""
-    stages: dict[str, Stage] = Field(min_length=1)
+    stages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Stage] = Field(min_length=1)
 
     def after(self, name: str) -> tuple[str, ...]:
         """The stages that must be done before it."""
@@ -209,11 +216,16 @@ def load_chain(path: Path, words: Sequence[str] = (), to_run: bool = True) -> Ch
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), dict):
         raise UserError(f"{path}: a chain is a mapping with chain, output and stages")
-    tree = _fill_in(tree, _names(tree.get("let") or {}, words, path), path)
+    for key in ("let", "resources"):
+        if not isinstance(tree.get(key) or {}, dict):
+            raise UserError(f"{path}: {key} is a mapping")
+    names = _names(tree.get("let") or {}, words, path)
+    tree = {**_fill_in(tree, names, path), "let": names}
     shared = tree.get("resources") or {}
     for stage in tree["stages"].values():
         if isinstance(stage, dict):
-            stage["resources"] = {**shared, **(stage.get("resources") or {})}
+            own = stage.get("resources") or {}
+            stage["resources"] = {**shared, **own} if isinstance(own, dict) else own
             if isinstance(stage.get("run"), str):
                 stage["run"] = [stage["run"]]
     try:

@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_infimed import notes
 from megatron_infimed.errors import UserError
 from megatron_infimed.stages.chain import Chain, Command, Gate, Stage
-from megatron_infimed.stages.standing import made_of, read, record, standings, write
+from megatron_infimed.stages.standing import differences, made_of, read, record, standing_of, standings, write
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +89,12 @@ def run_here(chain: Chain, redo: bool = False, processes: int | None = None, unt
 def begin(chain: Chain, name: str, redo: bool = False) -> bool:
     """Whether the stage is to run now. If so its beginning is noted, and what an earlier, different run of it has left is set aside.
 
+    It looks at this stage alone: all GPUs of a job wait for it, and those before it were looked at when the chain was started.
+
     Raises:
         UserError: an input is missing, a gate is closed, or it was done with something else and redo is not said.
     """
-    stage, standing = chain.stages[name], standings(chain)[name]
+    stage, standing = chain.stages[name], standing_of(chain, name)
     if standing.done:
         return False
     if missing := [path for path in stage.reads if not Path(path).exists()]:
@@ -100,10 +102,11 @@ def begin(chain: Chain, name: str, redo: bool = False) -> bool:
     for gate in stage.gates:
         _pass(name, gate)
     parts, begun = made_of(chain, name), read(chain, f"{name}.begun.json")
+    goes_on = begun is not None and all(part.startswith("code ") for part in differences(begun["made_of"], parts))
     if begun is None or begun["made_of"] != parts:
         if standing.stale and not redo:
             raise UserError(f"{name} was done, but {few(standing.changed)} changed since: --redo does it again, --accept takes it as it is")
-        if standing.stale:
+        if standing.stale and not goes_on:
             _set_aside(stage)
         write(chain, f"{name}.begun.json", {"made_of": parts, "at": time.time()})
     return True
@@ -171,7 +174,10 @@ def _fresh_notes(chain: Chain, name: str) -> Path:
 def _execute(name: str, command: Command, processes: int | None) -> None:
     words = [sys.executable, *command.words[1:]] if command.words[0] == "python" else list(command.words)
     ranks = processes if processes and command.ranks > 1 else command.ranks
-    code = _together(words, ranks) if ranks > 1 else subprocess.run(words, check=False).returncode
+    try:
+        code = _together(words, ranks) if ranks > 1 else subprocess.run(words, check=False).returncode
+    except OSError as e:
+        raise UserError(f"{name}: cannot run {words[0]} ({e.strerror})") from None
     if code == notes.AGAIN:
         raise StageFailed(f"{name} was stopped by a signal and has saved; run the chain again to go on", code)
     if code:

@@ -7,6 +7,7 @@ in OUTPUT/jobs.json, so that the log of an ended job is found.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -70,7 +71,9 @@ def submit(chain: Chain, path: Path, words: Sequence[str], redo: bool = False) -
             try:
                 jobs.append(_submit(chain, name, [str(path), name, *words, *(["--redo"] * redo)], before))
             except UserError:
-                _run("scancel", *(job.number for job in jobs))
+                if jobs:
+                    with contextlib.suppress(UserError):  # sbatch's own words matter
+                        _run("scancel", *(job.number for job in jobs))
                 raise
             write(chain, "jobs.json", {"at": time.time(), "jobs": {job.stage: [job.number, job.name] for job in jobs}})
     return jobs
@@ -110,6 +113,11 @@ def refuse_running(chain: Chain) -> None:
 def forget(chain: Chain) -> None:
     """The jobs that were submitted have no say any more. UserError like `refuse_running`."""
     if submitted(chain):
+        if not shutil.which("squeue"):
+            raise UserError(
+                f"{chain.chain} was submitted to SLURM, which cannot be asked from here whether its jobs still run: look on a login node "
+                f"(`stages status`); if none do, delete {chain.output}/jobs.json"
+            )
         refuse_running(chain)
         write(chain, "jobs.json", {"at": time.time(), "jobs": {}})
 

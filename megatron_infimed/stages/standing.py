@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,15 +49,19 @@ def standings(chain: Chain) -> dict[str, Standing]:
     """Every stage's, in the order of the file."""
     out: dict[str, Standing] = {}
     for name in chain.stages:
-        record = read(chain, f"{name}.json")
-        if record is None:
-            out[name] = Standing(False)
-            continue
-        changed = [f"{other} before it" for other in chain.after(name) if not out[other].done]
-        changed += differences(record["made_of"], made_of(chain, name)) if not changed else []
-        changed += [f"its output {path}" for path, was in record["outputs"].items() if fingerprint(Path(path)) != was]
-        out[name] = Standing(not changed, record["seconds"], tuple(changed))
+        out[name] = standing_of(chain, name, [other for other in chain.after(name) if not out[other].done])
     return out
+
+
+def standing_of(chain: Chain, name: str, not_done: Sequence[str] = ()) -> Standing:
+    """A stage's; `not_done`: those of the stages before it that are not."""
+    record = read(chain, f"{name}.json")
+    if record is None:
+        return Standing(False)
+    changed = [f"{other} before it" for other in not_done]
+    changed += differences(record["made_of"], made_of(chain, name)) if not changed else []
+    changed += [f"its output {path}" for path, was in record["outputs"].items() if fingerprint(Path(path)) != was]
+    return Standing(not changed, record["seconds"], tuple(changed))
 
 
 def made_of(chain: Chain, name: str) -> dict[str, str]:

@@ -188,14 +188,14 @@ class Saver:
 
     def _claim(self) -> None:
         """A process on a node that the cluster gave up may live on while the run already goes on elsewhere: the last to start has it."""
-        aside = self._run / "owner.tmp"
+        path, aside = self._run / "owner", self._run / f"owner.{platform.node()}.{os.getpid()}.tmp"
         try:
             self._run.mkdir(parents=True, exist_ok=True)
             aside.write_text(self._owner)
-            aside.replace(self._run / "owner")
+            aside.replace(path)
         except OSError:  # the first save will say what is wrong with the disk
             with contextlib.suppress(OSError):
-                (self._run / "owner").unlink()
+                path.unlink()
 
     def _owner_now(self) -> str:
         try:

@@ -170,7 +170,7 @@ def test_what_happens_to_processes(fragile: Slurm, project: Path, recipe: Path, 
     for words in (
         "SIGUSR1: it is asked to save",
         "SIGTERM: it is asked to save",
-        "exit code 75 after SIGUSR1, got to step_",
+        "exit code 75 after a signal, got to step_",
         "exit code 137",
     ):
         assert words in said
