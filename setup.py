@@ -26,16 +26,17 @@ EXTRAS = {
     ],
     "dev": [
         "pytest>=8",
-        "pytest-xdist",
         "hypothesis",
         "ruff",
         "pyright[nodejs]",
         "nvidia-dali-cuda130>=2.0",
+        "nvidia-ml-py",
+        "defusedxml",
         "zstandard",
         "pydicom-data>=1",
     ],
 }
-EXTRAS["dev"] += [*EXTRAS["formats"], *EXTRAS["ray"], *EXTRAS["resiliency"]]
+EXTRAS["dev"] += [*EXTRAS["formats"], *EXTRAS["ray"]]
 
 setup(
     name="megatron-infimed",

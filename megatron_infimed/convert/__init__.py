@@ -1,1 +1,0 @@
-import megatron_infimed.parallel  # noqa: F401 # before Megatron-Core

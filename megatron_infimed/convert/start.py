@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_infimed import __version__
@@ -25,6 +24,9 @@ from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.model.initialize import initialize_weights
 from megatron_infimed.parallel import cpu, groups
 from megatron_infimed.train import checkpoint, saver
+
+# isort: split
+from megatron.core.transformer.module import MegatronModule  # parallel comes first: it sees to how Megatron-Core is imported
 
 _LANGUAGE_UNUSED = re.compile(r".*rotary_emb\.inv_freq")
 _VISION_UNUSED = re.compile(r"(text_model\.|logit_scale|logit_bias|(vision_model\.)?(post_layernorm|head)\.|.*position_ids$)")
