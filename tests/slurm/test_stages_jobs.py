@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -44,6 +43,7 @@ class Submitted:
 
     def __init__(self, slurm: Slurm, project: Path, chain: Path) -> None:
         self.slurm, self.project, self.chain = slurm, project, chain
+        self.before = 0
         self.stages("submit")
         self.jobs: dict[str, str] = {
             stage: job[0] for stage, job in json.loads((chain.parent / "chain" / "jobs.json").read_text())["jobs"].items()
@@ -62,11 +62,15 @@ class Submitted:
     def at_work(self, steps: int) -> None:
         """Waits until the first stage trains and has saved some steps more."""
         self.slurm.until(lambda: self.slurm.state(self.jobs["first"]) == "RUNNING" and self.tasks("01"), 90, self.log)
-        before = self.steps()
+        self.before, before = self.restarts(), self.steps()
         self.slurm.until(lambda: self.steps() >= before + steps, 90, self.log)
 
-    def restarted(self, times: int) -> None:
-        self.slurm.until(lambda: self.slurm.field(self.jobs["first"], "Restarts") == str(times), log=self.log)
+    def restarted(self) -> None:
+        """Waits until the first stage's job was started again, since it was last seen at work."""
+        self.slurm.until(lambda: self.restarts() > self.before, log=self.log)
+
+    def restarts(self) -> int:
+        return int(self.slurm.field(self.jobs["first"], "Restarts") or 0)
 
     def tasks(self, ranks: str) -> list[psutil.Process]:
         """The first stage's training processes of these ranks."""
@@ -120,7 +124,7 @@ def pre_empt(one: Submitted) -> None:
 
 def node_down(one: Submitted) -> None:
     one.slurm.set_node("n2", "down")
-    one.restarted(1)
+    one.restarted()
     one.slurm.run("scontrol", "update", "NodeName=n2", "State=resume", check=False)  # it may have come back by itself
 
 
@@ -128,7 +132,7 @@ def lose_power(one: Submitted) -> None:
     """Of the node that the batch script runs on."""
     one.slurm.kill_slurmd("n1")
     one.slurm.kill_tasks("n1")
-    one.restarted(1)
+    one.restarted()
     one.slurm.start("n1")
 
 
@@ -138,39 +142,34 @@ def lose_slurmd(one: Submitted) -> None:
     for task in left_over:
         task.suspend()
     one.slurm.kill_slurmd("n2")
-    one.restarted(1)
+    one.restarted()
     one.slurm.start("n2")
+    before = one.before
     one.at_work(1)
+    one.before = before
     for task in left_over:
         with contextlib.suppress(psutil.NoSuchProcess):
             task.resume()
 
 
-@pytest.mark.parametrize("what", [pre_empt, node_down, lose_power, lose_slurmd], ids=lambda what: what.__name__)
-def test_what_happens_to_nodes(
-    what: Callable[[Submitted], None], fragile: Slurm, project: Path, recipe: Path, tmp_path: Path, undisturbed: dict
-) -> None:
-    one = Submitted(fragile, project, make(tmp_path, recipe))
-    one.at_work(2)
-    what(one)
-    one.restarted(1)
-    assert one.steps() < STEPS, "it came too late"
-    one.ends_like(undisturbed)
+BAD_DAYS = {"nodes": [pre_empt, node_down, lose_power, lose_slurmd], "processes": [usr1, term, requeue, kill_a_task]}
 
 
-def test_what_happens_to_processes(fragile: Slurm, project: Path, recipe: Path, tmp_path: Path, undisturbed: dict) -> None:
-    """One after another, in the same chain."""
+@pytest.mark.parametrize("what", BAD_DAYS)
+def test_a_chain_survives(what: str, fragile: Slurm, project: Path, recipe: Path, tmp_path: Path, undisturbed: dict) -> None:
+    """One thing after another happens to the same job."""
     one = Submitted(fragile, project, make(tmp_path, recipe))
-    for times, what in enumerate([usr1, term, requeue, kill_a_task], 1):
+    for happens in BAD_DAYS[what]:
         one.at_work(1)
-        what(one)
-        one.restarted(times)
-        assert one.steps() < STEPS, f"{what.__name__} came too late"
-    said = one.log()
+        happens(one)
+        one.restarted()
+        assert one.steps() < STEPS, f"{happens.__name__} came too late"
     one.ends_like(undisturbed)
-    for words in ("SIGUSR1: it is asked to save", "SIGTERM: it is asked to save", "exit code 75 after a signal, got to step_"):
-        assert words in said
-    assert re.search(r"exit code (?!75)\d+, got to step_", said), "of the killed task, or of the one that misses it"
+    said = one.log()
+    if what == "processes":
+        for words in ("SIGUSR1: it is asked to save", "SIGTERM: it is asked to save", "exit code 75 after a signal, got to step_"):
+            assert words in said
+        assert re.search(r"exit code (?!75)\d+, got to step_", said), "of the killed task, or of the one that misses it"
 
 
 def test_a_stage_that_fails_for_good_takes_those_after_it_along(slurm: Slurm, project: Path, recipe: Path, tmp_path: Path) -> None:
