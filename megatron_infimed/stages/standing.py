@@ -99,10 +99,18 @@ def record(chain: Chain, name: str, parts: dict[str, str], seconds: float) -> No
     write(chain, f"{name}.json", {"made_of": parts, "outputs": outputs, "seconds": round(seconds, 1), "finished": time.time()})
 
 
+KEYS = {"jobs.json": {"jobs"}, "begun.json": {"made_of", "at"}, "json": {"made_of", "outputs", "seconds", "finished"}}
+"""Of each kind of note, by the end of its name; the first that fits."""
+
+
 def read(chain: Chain, file: str) -> Any:
-    """A note of the chain's folder; null where there is none."""
+    """A note of the chain's folder; null where there is none. UserError where it is not one of ours."""
+    wanted = next(keys for end, keys in KEYS.items() if file.endswith(end))
     try:
-        return json.loads((Path(chain.output) / file).read_text())
+        value = json.loads((Path(chain.output) / file).read_text())
+        if not isinstance(value, dict) or not wanted <= value.keys():
+            raise ValueError(file)
+        return value
     except FileNotFoundError:
         return None
     except ValueError:

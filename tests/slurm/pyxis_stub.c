@@ -27,6 +27,8 @@ static char given[COUNT][4096], options[COUNT][64];
 
 static int take(int val, const char *word, int remote) {
     (void)remote;
+    if (*given[val]) /* as pyxis: specified multiple times */
+        return -1;
     strncpy(given[val], word ? word : "yes", sizeof *given - 1);
     return 0;
 }

@@ -55,6 +55,13 @@ def test_names_are_filled_in_and_replaced_by_words(tmp_path):
     assert chain(tmp_path, stages, "what=that", let={"what": "this"}).stages["a"].commands[0].words == ("echo", "that", "$HOME")
 
 
+def test_a_number_may_be_named(tmp_path):
+    assert chain(tmp_path, {"a": {"run": "echo ${n}"}}, let={"n": 1.5}).stages["a"].commands[0].words == ("echo", "1.5")
+    for key in ("let", "resources"):
+        with pytest.raises(UserError, match=f"{key} is a mapping"):
+            chain(tmp_path, {"a": {"run": "x"}}, **{key: ["x"]})
+
+
 def test_resources_are_taken_key_by_key_and_become_options(tmp_path):
     made = chain(
         tmp_path, {"a": {"run": "x", "resources": {"nodes": 4, "cpus": 6}}, "b": {"run": "x"}}, resources={"gpus": 8, "time": "2:00:00"}
@@ -77,6 +84,10 @@ def test_resources_are_taken_key_by_key_and_become_options(tmp_path):
         ({"a": {"run": "x", "resources": {"nodes": 2, "processes": 3}}}, "processes 3 do not divide over nodes 2"),
         ({"a": {"run": "x", "gates": [{"file": "f", "value": "v"}]}}, "give at_least or at_most"),
         ({"a": {"run": "x", "colour": 1}}, "stages.a.colour: Extra inputs are not permitted"),
+        ({"a": {"run": "echo 'open"}}, '"echo \'open" is no command line: No closing quotation'),
+        ({"a": {"run": " "}}, "stages.a: an empty command line"),
+        ({"a/b": {"run": "x"}}, "stages.a/b.[key]: String should match pattern"),
+        ({"a": {"run": "x", "resources": 5}}, "stages.a.resources: Input should be a valid dictionary"),
         ({"a": {"run": "echo ${who}"}}, "${who} in 'echo ${who}' is not among `let`"),
         ({"a": {"run": "echo $5"}}, "write $$ for the sign itself"),
     ],

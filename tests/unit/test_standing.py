@@ -138,6 +138,27 @@ def test_large_files_go_by_size_and_time(folder, monkeypatch):
     shutil.rmtree(folder / "o", ignore_errors=True)
 
 
+@pytest.mark.parametrize("text", ["{cut", "[]", '{"seconds": 1}'])
+def test_a_damaged_note_is_one_line(folder, text):
+    chain = load(folder)
+    finish(chain, folder)
+    (folder / "o" / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"o/a\.json is damaged: delete it"):
+        standing.standings(chain)
+
+
+def test_code_that_changes_while_a_redo_is_half_done_does_not_undo_it(folder):
+    finish(load(folder), folder)
+    (folder / "in.txt").write_text("other")
+    assert execute.begin(load(folder), "a", redo=True)
+    (folder / "out.txt").write_text("half")
+    (folder / "helper.py").write_text("x = 5")
+    standing.code.cache_clear(), standing._source.cache_clear()
+    assert execute.begin(load(folder), "a", redo=True) and (folder / "out.txt").read_text() == "half"
+    (folder / "in.txt").write_text("a third")
+    assert execute.begin(load(folder), "a", redo=True) and not (folder / "out.txt").exists(), "other data: it begins anew"
+
+
 def test_one_at_a_time(folder):
     chain = load(folder)
     with execute.locked(chain), pytest.raises(UserError, match=r"c is being run or submitted by process \d+"), execute.locked(chain):
