@@ -188,6 +188,8 @@ class Chain(_Section):
         made: dict[str, str] = {}
         names = list(self.stages)
         for i, (name, stage) in enumerate(self.stages.items()):
+            if name == "jobs" or name.endswith(".begun"):
+                out.append(f"stages.{name}: the chain's own notes are called so, take another name")
             out += [f"stages.{name}.after: {other} does not stand above it" for other in self.after(name) if other not in names[:i]]
             missing = [p for p in stage.reads if not Path(p).exists() and not any(_within(p, q) for q in made)] if to_run else []
             out += [f"stages.{name}: {path} is not there, and no stage above it makes it" for path in missing]
