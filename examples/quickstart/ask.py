@@ -25,7 +25,8 @@ def main(
     torch.set_num_threads(2)
     processor = AutoProcessor.from_pretrained(model)
     network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    with answers.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     asked = rows[:: max(1, len(rows) // questions)][:questions]
     different = []
     for row in asked:

@@ -43,7 +43,7 @@ def read_questions(path: Path) -> list[Question]:
         UserError: the file or a line of it is not what the top of this module says, or an id comes twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): texts may hold other line ends, such as U+2028
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot read the questions ({e}); a JSON object a line with question and answer is wanted") from None
     out = [_question(f"{path}:{n}", n, line) for n, line in enumerate(lines, 1) if line.strip()]

@@ -3,7 +3,7 @@
 The model is built in the recipe's layout, so any checkpoint evaluates on any tensor parallel size; data parallel processes share the
 questions. Images are decoded at the schedule's last phase. With gray=True every question is asked a second time with gray images: what
 the model still gets right then, it did not see. scores.json records what it was made from; when that has not changed, nothing is computed
-again.
+again. Answers are kept batch by batch (parts.py), so after a kill only unanswered questions are asked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from megatron_infimed.data.decode import GRAY, Decoder, make_decoder
 from megatron_infimed.errors import UserError
 from megatron_infimed.evaluate import score
 from megatron_infimed.evaluate.generate import generate, prompt_document
+from megatron_infimed.evaluate.parts import Parts, Row, lines, write_whole
 from megatron_infimed.evaluate.questions import Question, read_questions
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu, groups
@@ -35,6 +36,7 @@ from megatron_infimed.train.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 QUESTIONS_AT_ONCE = 256
+T = TypeVar("T")
 
 
 def evaluate(
@@ -79,23 +81,32 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "scoring": score.VERSION,
     }
-    if before := _done_before(output, inputs):
+    if before := _of_process_0(lambda: _done_before(output, inputs)):
         log.info("%s: done before with this checkpoint and these questions: %s", output, summary(before))
         return before
 
     model = _load(recipe, ranks, source)
     decoder = make_decoder(recipe.data.decoder, recipe.data.decode_threads, ranks.device)
     started = time.perf_counter()
+    parts = Parts(output, inputs)
+    of_id = _of_process_0(parts.read)
+    if of_id:
+        log.info("%s: %d of %d questions were answered before", output, len(of_id), len(asked))
     mine = asked[ranks.data :: ranks.data_size]
-    answers: list[dict[str, Any]] = []
-    for first in range(0, len(mine), QUESTIONS_AT_ONCE):
-        part = mine[first : first + QUESTIONS_AT_ONCE]
-        answers += _answer(model, recipe, tokenizer, decoder, part, images, gray, batch_rows or recipe.batch.micro_rows, max_new_tokens)
-        log.info("%d of %d questions answered, %.0f s", len(answers), len(mine), time.perf_counter() - started)
+    answers: list[Row] = []
+    for first in range(0, len(mine), QUESTIONS_AT_ONCE):  # the same batches at each start, so the same sums to the last bit
+        part = [q for q in mine[first : first + QUESTIONS_AT_ONCE] if q.id not in of_id]
+        if not part:
+            continue
+        said = _answer(model, recipe, tokenizer, decoder, part, images, gray, batch_rows or recipe.batch.micro_rows, max_new_tokens)
+        if ranks.tensor == 0:
+            parts.write(f"{ranks.data}-of-{ranks.data_size}-from-{first}", said)
+        answers += said
+        log.info("%d of %d questions answered, %.0f s", first + len(part), len(mine), time.perf_counter() - started)
     decoder.close()
-    parts: list[list[dict[str, Any]]] = [[] for _ in range(ranks.data_size)]
-    dist.all_gather_object(parts, answers, group=ranks.data_group)
-    of_id = {row["id"]: row for part in parts for row in part}
+    given: list[list[Row]] = [[] for _ in range(ranks.data_size)]
+    dist.all_gather_object(given, answers, group=ranks.data_group)
+    of_id |= {row["id"]: row for rows in given for row in rows}
     rows = [of_id[q.id] for q in asked]
 
     unreadable = sorted({name for row in rows for name in row.pop("unreadable")})
@@ -111,6 +122,7 @@ def evaluate(
     }
     if ranks.main:
         _write(output, rows, scores)
+        parts.remove()
         log.info("%s: %s", output, summary(scores))
     dist.barrier()
     return scores
@@ -130,7 +142,7 @@ def summary(scores: dict[str, Any]) -> str:
 def _answer(
     model: InfiMed, recipe: Recipe, tokenizer: Tokenizer, decoder: Decoder, asked: list[Question], folder: Path,
     gray: bool, rows: int, max_new_tokens: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     phase = recipe.schedule[-1]
     names = list(dict.fromkeys(name for q in asked for name in q.images))
     number = {name: i for i, name in enumerate(names)}
@@ -181,24 +193,25 @@ def _read(path: Path) -> bytes:
 
 
 def _done_before(output: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The scores that are there, if they are of the same inputs. Process 0 looks and all follow it."""
-    found: list[dict[str, Any] | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            scores = json.loads((output / "scores.json").read_text())
-            whole = hashlib.sha256((output / "answers.jsonl").read_bytes()).hexdigest() == scores["answers_sha256"]
-            found = [scores if whole and scores["inputs"] == inputs else None]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+    """The scores that are there, if they are of the same inputs."""
+    try:
+        scores = json.loads((output / "scores.json").read_text())
+        whole = hashlib.sha256((output / "answers.jsonl").read_bytes()).hexdigest() == scores["answers_sha256"]
+        return scores if whole and scores["inputs"] == inputs else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _of_process_0(look: Callable[[], T]) -> T:
+    """What it finds on disk; all follow it, also where another node's view of the disk is older."""
+    found: list[T | None] = [look() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return cast(T, found[0])
 
 
-def _write(output: Path, rows: list[dict[str, Any]], scores: dict[str, Any]) -> None:
+def _write(output: Path, rows: list[Row], scores: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    answers = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    answers = lines(rows)
     scores["answers_sha256"] = hashlib.sha256(answers.encode()).hexdigest()
-    for name, text in (("answers.jsonl", answers), ("scores.json", json.dumps(scores, indent=1))):
-        aside = output / f"{name}.{os.getpid()}.tmp"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(output / name)
+    write_whole(output / "answers.jsonl", answers)
+    write_whole(output / "scores.json", json.dumps(scores, indent=1))

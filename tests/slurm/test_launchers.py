@@ -160,14 +160,24 @@ def test_a_bad_node_is_left_out(fragile: Slurm, project: Path, recipe: Path, tmp
     assert len(runs.figures(tmp_path / "run")) == 2
 
 
-def test_evaluate(slurm: Slurm, project: Path, recipe: Path, tmp_path: Path) -> None:
+def test_evaluate_goes_on_after_a_kill(slurm: Slurm, project: Path, recipe: Path, tmp_path: Path) -> None:
     runs.train(recipe, tmp_path / "run", "max_steps=1")
-    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "q", "image": "p.png", "question": "chest?", "answer": "yes", "kind": "k"}) + "\n")
+    rows = ({"id": f"q{i}", "image": "p.png", "question": "chest? " * (1 + i % 7), "answer": "yes"} for i in range(1500))
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "p.png").write_bytes(tiny_images(4)[2])
-    words = ["--questions", tmp_path / "q.jsonl", "--images", tmp_path, "--output", tmp_path / "eval", "--max-new-tokens", 2]
-    job = slurm.launch(project, "evaluate.sh", recipe, f"output={tmp_path}/run", *words, options=TWO)
+
+    words = [recipe, f"output={tmp_path}/run", "--questions", tmp_path / "q.jsonl", "--images", tmp_path, "--max-new-tokens", 2]
+    job = slurm.launch(project, "evaluate.sh", *words, "--output", tmp_path / "same", options=TWO)
     assert slurm.wait(job) == "COMPLETED", slurm.log(project, job)
-    assert json.loads((tmp_path / "eval" / "scores.json").read_text())
+    job = slurm.launch(project, "evaluate.sh", *words, "--output", tmp_path / "eval", options=TWO)
+    slurm.until(lambda: list((tmp_path / "eval").rglob("*.jsonl")), log=lambda: slurm.log(project, job))
+    slurm.tasks_of(job, word="evaluate")[-1].kill()
+    assert slurm.wait(job) == "COMPLETED", slurm.log(project, job)
+    said = slurm.log(project, job)
+    assert re.search(r"got to \S+, [1-6] batches of questions: back into the queue", said), said
+    assert re.search(r"\d+ of 1500 questions were answered before", said)
+    assert (tmp_path / "eval" / "answers.jsonl").read_bytes() == (tmp_path / "same" / "answers.jsonl").read_bytes()
+    assert json.loads((tmp_path / "eval" / "scores.json").read_text())["all"]["n"] == 1500
 
 
 def test_preprocess_array_makes_the_same_bytes_and_survives_a_kill(slurm: Slurm, project: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_infimed.data.chat import encode_batch, load_tokenizer
 from megatron_infimed.data.decode import GRAY
 from megatron_infimed.data.shards import Document
 from megatron_infimed.errors import UserError
+from megatron_infimed.evaluate import run as evaluation
 from megatron_infimed.evaluate.generate import generate, prompt_document
 from megatron_infimed.evaluate.questions import Question, read_questions
 from megatron_infimed.evaluate.run import evaluate
@@ -181,6 +182,52 @@ def test_evaluation_from_checkpoint_to_files(run, caplog):
     assert [r["prediction"] for r in answers(folder / "out")] == [r["prediction"] for r in rows]
 
 
+class Killed(Exception):
+    """Stands for kill -9: nothing after it runs."""
+
+
+def killed_after(monkeypatch, batches):
+    """The evaluation answers so many batches and dies in the next."""
+    answer, done = evaluation._answer, []
+
+    def dying(*args):
+        if len(done) == batches:
+            raise Killed
+        done.append([q.id for q in args[4]])
+        return answer(*args)
+
+    monkeypatch.setattr(evaluation, "_answer", dying)
+    return done
+
+
+def test_a_killed_evaluation_goes_on(run, tmp_path, monkeypatch, caplog):
+    folder, recipe = run
+    words, options = (recipe, folder / "q.jsonl", folder / "images"), {"gray": True, "max_new_tokens": 4}
+    monkeypatch.setattr(evaluation, "QUESTIONS_AT_ONCE", 2)
+    evaluate(*words, tmp_path / "whole", **options)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    monkeypatch.setenv("INFIMED_NOTES", str(notes))
+    with monkeypatch.context() as patch:
+        assert killed_after(patch, 2) == []
+        with pytest.raises(Killed):
+            evaluate(*words, tmp_path / "out", **options)
+    assert (notes / "progress").read_text().endswith(", 2 batches of questions\n")
+    one, _ = sorted((tmp_path / "out" / "parts").rglob("*.jsonl"))
+    one.write_text(one.read_text()[:-20])  # as after a power failure
+    with monkeypatch.context() as patch:
+        other = killed_after(patch, 1)
+        with pytest.raises(Killed):
+            evaluate(*words, tmp_path / "out", **(options | {"max_new_tokens": 3}))
+    assert other == [["q0", "q1"]], "another evaluation takes none of these answers"
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        done = killed_after(patch, 9)
+        scores = evaluate(*words, tmp_path / "out", **options)
+    assert done == [["q0", "q1"], ["q4", "q5"]] and "2 of 6 questions were answered before" in caplog.text
+    assert answers(tmp_path / "out") == answers(tmp_path / "whole")
+    assert scores["unreadable_images"] == ["2.jpg", "no.jpg"] and not (tmp_path / "out" / "parts").exists()
+
+
 def test_gray_is_an_image_of_the_decoders_gray(setting):
     _, recipe, _, model, tokenizer = setting
     prompts = asked(tokenizer)
@@ -223,8 +270,8 @@ def test_bad_questions_name_their_line(tmp_path, line, message):
 
 def test_questions_default_and_keep_what_they_say(tmp_path):
     (tmp_path / "q.jsonl").write_text(
-        '{"question": "a", "answer": "b", "image": "x.png", "source_seen": true}\n\n{"question": "c", "answer": "d"}\n'
+        '{"question": "a", "answer": "b", "image": "x.png", "source_seen": true}\n\n{"question": "c\u2028c", "answer": "d"}\n'
     )
     one, two = read_questions(tmp_path / "q.jsonl")
     assert (one.images, one.needs_image, one.more, one.turns[0].text) == (("x.png",), True, {"source_seen": True}, "<image>\na")
-    assert (two.id, two.images, two.needs_image) == ("3", (), False)
+    assert (two.id, two.text, two.images, two.needs_image) == ("3", "c\u2028c", (), False)
