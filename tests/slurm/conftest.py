@@ -154,25 +154,27 @@ class Slurm:
             path.unlink(missing_ok=True)
 
     def start(self, name: str) -> None:
-        """Starts munged, slurmctld, or a node's slurmd, unless it runs."""
-        if name in self.daemons and self.daemons[name].poll() is None:
+        """Starts munged, slurmctld, or a node's slurmd, unless it runs. A slurmctld that is started again knows what it knew."""
+        again = name in self.daemons
+        if again and self.daemons[name].poll() is None:
             return
         conf = str(self.folder / "slurm.conf")
         files = ("key-file", "socket", "pid-file", "log-file", "seed-file")
         munged = ["munged", "--foreground", "--force", *(f"--{option}={self.folder}/munge.{option}" for option in files)]
-        command = {"munged": munged, "slurmctld": ["slurmctld", "-D", "-c", "-f", conf]}.get(name, ["slurmd", "-D", "-N", name, "-f", conf])
+        command = {"munged": munged, "slurmctld": ["slurmctld", "-D", *["-c"] * (not again), "-f", conf]}.get(name, ["slurmd", "-D", "-N", name, "-f", conf])
         with (self.folder / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
         while name == "munged" and not (self.folder / "munge.socket").exists() and self.daemons[name].poll() is None:
             time.sleep(0.05)
 
-    def kill_slurmd(self, node: str) -> None:
-        """As if the node's slurmd had crashed (kill -9). Its slurmstepd and tasks live on, as they do in real life: `kill_tasks` ends them."""
-        self.daemons[node].kill()
-        self.daemons[node].wait(10)
+    def kill(self, name: str) -> None:
+        """As if slurmctld or a node's slurmd had crashed (kill -9). A node's slurmstepd and tasks live on, as they do in real life:
+        `kill_tasks` ends them."""
+        self.daemons[name].kill()
+        self.daemons[name].wait(10)
 
     def kill_tasks(self, node: str) -> None:
-        """kill -9 for whatever runs on `node`, and first the slurmstepd above it, which else would tell of it: with kill_slurmd this is a
+        """kill -9 for whatever runs on `node`, and first the slurmstepd above it, which else would tell of it: with `kill` this is a
         node that lost power."""
         tasks, above = [], set()
         for process in psutil.process_iter():
@@ -204,6 +206,7 @@ class Slurm:
 
     def heal(self, timeout: float = 60) -> None:
         """No jobs, no tasks left behind, both slurmd running, both nodes idle."""
+        self.start("slurmctld")
         self.run("scancel", "--full", "-u", "root", check=False)
         self.run("scancel", "-u", "root", "--signal=KILL", check=False)
         for node in NODES:

@@ -36,7 +36,7 @@ def test_container_words_are_taken(slurm: Slurm) -> None:
 def test_a_lost_node_is_noticed_and_mended(fragile: Slurm, power: bool) -> None:
     job = fragile.sbatch("srun sleep 100 & sleep 100", "--nodes=2", "--requeue")
     fragile.until(lambda: fragile.state(job) == "RUNNING")
-    fragile.kill_slurmd("n2")
+    fragile.kill("n2")
     if power:
         fragile.kill_tasks("n2")
     fragile.until(lambda: fragile.field(job, "Restarts") == "1", 30)

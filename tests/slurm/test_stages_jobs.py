@@ -130,7 +130,7 @@ def node_down(one: Submitted) -> None:
 
 def lose_power(one: Submitted) -> None:
     """Of the node that the batch script runs on."""
-    one.slurm.kill_slurmd("n1")
+    one.slurm.kill("n1")
     one.slurm.kill_tasks("n1")
     one.restarted()
     one.slurm.start("n1")
@@ -141,7 +141,7 @@ def lose_slurmd(one: Submitted) -> None:
     left_over = one.tasks("01")
     for task in left_over:
         task.suspend()
-    one.slurm.kill_slurmd("n2")
+    one.slurm.kill("n2")
     one.restarted()
     one.slurm.start("n2")
     before = one.before
@@ -152,7 +152,15 @@ def lose_slurmd(one: Submitted) -> None:
             task.resume()
 
 
-BAD_DAYS = {"nodes": [pre_empt, node_down, lose_power, lose_slurmd], "processes": [usr1, term, requeue, kill_a_task]}
+def lose_controller(one: Submitted) -> None:
+    """A task is killed while SLURM's controller is not there to be asked for another start."""
+    one.slurm.kill("slurmctld")
+    one.tasks("1")[0].kill()
+    one.slurm.until(lambda: list(one.project.glob(f"launch/logs/*-{one.jobs['first']}.notes/answer")))
+    one.slurm.start("slurmctld")
+
+
+BAD_DAYS = {"nodes": [pre_empt, node_down, lose_power, lose_slurmd], "processes": [usr1, term, requeue, kill_a_task, lose_controller]}
 
 
 @pytest.mark.parametrize("what", BAD_DAYS)
