@@ -5,7 +5,8 @@ from setuptools import find_packages, setup
 EXTRAS = {
     # DALI decodes on the GPU (and here on the CPU, for parity). Match the CUDA version of your torch.
     "dali": ["nvidia-dali-cuda130>=2.0"],
-    # For an H100 node. NVIDIA's apex is not the PyPI package of that name: take the NGC container or build it from source.
+    # For an H100 node, in the order of docs/gpu.md: flash-attn is built against the torch that is there.
+    # NVIDIA's apex is not the PyPI package of that name: take the NGC container or build it from source.
     "h100": ["transformer-engine[pytorch,core-cu13]>=2.9,<2.12", "flash-attn>=2.7", "nvidia-dali-cuda130>=2.0"],
     # Scans as training pictures: DICOM with its compressed transfer syntaxes (all under permissive licences), NIfTI.
     "formats": ["pydicom>=3", "imagecodecs", "pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg", "nibabel>=5"],
@@ -46,7 +47,7 @@ setup(
     packages=find_packages(include=["megatron_infimed", "megatron_infimed.*"]),
     package_data={"megatron_infimed": ["report/*.html", "convert/*.jinja", "intake/fieldmaps/*.yaml"]},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.10.0a0",  # NGC's container of torch 2.10 calls it so
         "megatron-core>=0.16.1,<0.17",
         "psutil",  # without it dist_checkpointing.save hangs
         "numpy>=1.26",

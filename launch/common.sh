@@ -24,8 +24,10 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
 fi
 site=${INFIMED_SITE:-launch/site.sh}
 if [ -f "$site" ]; then
+  set +u # what it sources may not be written for that: modules, conda
   # shellcheck source=/dev/null
   . "$site"
+  set -u
 elif [ -n "${INFIMED_SITE:-}" ]; then
   echo "error: INFIMED_SITE=$site is not there" >&2
   exit 2
@@ -90,7 +92,8 @@ alone() { in_step --nodes=1 --ntasks=1 --ntasks-per-node=1 -- "$@"; }
 
 ranks() { in_step --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --ntasks-per-node="$per_node" -- "$@"; }
 
-# Training's processes. Under ft_launcher, one a node, which starts again what has failed: so what is final (2) or has saved (75) ends with 0 there.
+# Training's processes. Under ft_launcher, one a node, which starts again what has failed. What has saved (75) ends with 0 there; what is final (2)
+# fails, so that the processes beside it are ended, and the start after that ends at once.
 training() {
   if [ "${INFIMED_LAUNCHER:-srun}" = srun ]; then ranks "$@"; return; fi
   local code
@@ -100,7 +103,13 @@ training() {
     nodes=$1 per_node=$2; shift 2
     exec ft_launcher --nnodes="$nodes" --nproc-per-node="$per_node" --max-restarts="${INFIMED_FT_RESTARTS:-3}" \
       --rdzv-backend=c10d --rdzv-endpoint="${MASTER_ADDR:-$SLURM_LAUNCH_NODE_IPADDR}:$MASTER_PORT" --rdzv-id="$SLURM_JOB_ID.$SLURM_STEP_ID" \
-      --no-python bash -c '\''"$@"; code=$?; case $code in 2 | 75) echo $code >"$INFIMED_NOTES/ended"; exit 0 ;; esac; exit $code'\'' worker "$@"
+      --no-python bash -c '\''
+        [ ! -e "$INFIMED_NOTES/ended" ] || exit 0 # another process knows that it will not help
+        "$@"
+        code=$?
+        case $code in 2 | 75) echo $code >"$INFIMED_NOTES/ended" ;; esac
+        [ $code != 75 ] || exit 0
+        exit $code'\'' worker "$@"
   ' launcher "$SLURM_JOB_NUM_NODES" "$per_node" "$@"
   code=$?
   [ ! -e "$INFIMED_NOTES/ended" ] || code=$(cat "$INFIMED_NOTES/ended")
@@ -116,8 +125,23 @@ train() {
 stop() {
   stopped=1
   say "SIG$1: it is asked to save"
-  # srun passes it on to all tasks. Again and again: a process may not listen yet.
-  [ -z "$front" ] || while kill -USR1 "$front" 2>/dev/null && sleep 20; do :; done &
+  [ -z "$front" ] || insist "$front" &
+}
+
+# srun passes it on to all tasks. Again and again: a process may not listen yet. One that hangs would keep the job until its time limit, where SLURM
+# ends it for good: so shortly before that it goes back into the queue as it is.
+insist() {
+  local limit
+  limit=$(ask scontrol show job --oneliner "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+  limit=$(date -d "$limit" +%s 2>/dev/null || echo 99999999999) # no limit: Unknown
+  while kill -USR1 "$1" 2>/dev/null; do
+    if [ $((limit - $(date +%s))) -le 45 ] && [ "$(idle_starts)" -lt $((3 * most_idle)) ]; then
+      say "it does not end, and the time limit is near: back into the queue from $(progress)"
+      ask scontrol requeue "$job"
+      return
+    fi
+    sleep 15
+  done
 }
 
 supervise() {
@@ -142,10 +166,13 @@ supervise() {
   say "start $((restart + 1)) of $SLURM_JOB_NAME, job $SLURM_JOB_ID, on $SLURM_JOB_NODELIST, $per_node processes a node, from $(progress)"
   "${words[@]}"
   code=$?
-  if [ "$code" = 0 ]; then
+  if [ "$(sed -n '$s/ .*//p' "$INFIMED_NOTES/starts")" != "$restart" ]; then # this node was given up, and the job runs elsewhere
+    say "the job has been started again meanwhile"
+    exit 75
+  elif [ "$code" = 0 ]; then
     say "done"
     exit 0
-  elif [ -e "$INFIMED_NOTES/why" ] || [ "$code" = 2 ]; then
+  elif [ -z "$stopped" ] && { [ -e "$INFIMED_NOTES/why" ] || [ "$code" = 2 ]; }; then # what ends after a signal may say anything
     say "failed: $(cat "$INFIMED_NOTES/why" 2>/dev/null)"
     exit 2
   fi
@@ -154,8 +181,13 @@ supervise() {
 
 progress() { cat "$INFIMED_NOTES/progress" 2>/dev/null || echo nothing; }
 
-# Where the job stands: what is saved, and how many nodes it does without; a start that changes neither was in vain.
-reached() { echo "$(progress)/$(sort -u "$INFIMED_NOTES/left_out" 2>/dev/null | wc -l)"; }
+# Where the job stands: what is saved, and how many nodes it does without; a start that changes neither was in vain. Nor is it progress to leave out
+# more nodes than it runs on: then it is not the nodes.
+reached() {
+  local without
+  without=$(sort -u "$INFIMED_NOTES/left_out" 2>/dev/null | wc -l)
+  echo "$(progress)/$((without < SLURM_JOB_NUM_NODES ? without : SLURM_JOB_NUM_NODES))"
+}
 
 # How many starts, the last ones, have begun where we are now.
 idle_starts() {
@@ -186,10 +218,13 @@ ask() {
 start_again() {
   local code=$1 state given bad=''
   state=$(ask squeue --noheader --jobs="$job" --format=%T)
-  if [ "$state" != RUNNING ]; then # cancelled; or pre-empted or lost a node, and SLURM has already put it back
-    say "ends with exit code $code, being ${state:-gone}"
-    exit 75
-  fi
+  case $state in
+    RUNNING | SIGNALING | STOPPED | RESIZING) ;;
+    *) # cancelled; or pre-empted or lost a node, and SLURM has already put it back
+      say "ends with exit code $code, being ${state:-gone}"
+      exit 75
+      ;;
+  esac
   if [ -s "$INFIMED_NOTES/bad_nodes" ]; then
     cat "$INFIMED_NOTES"/{left_out,bad_nodes} 2>/dev/null | sort -u >"$INFIMED_NOTES/left_out.new"
     mv "$INFIMED_NOTES"/left_out{.new,}

@@ -1,8 +1,8 @@
 # What belongs to the cluster, not to a recipe. Copy it to launch/site.sh: every launcher reads that inside its job, `stages submit` before it calls
-# sbatch. Calling sbatch by hand, source it first (`. launch/site.sh`), for sbatch reads its own options from these variables.
+# sbatch. Calling sbatch or srun by hand, source it first (`. launch/site.sh`): sbatch reads SBATCH_ACCOUNT and SBATCH_PARTITION, srun the SLURM_ ones.
 # shellcheck shell=bash disable=SC2034
 
-# export SBATCH_ACCOUNT=radiology SBATCH_PARTITION=h100
+# export SBATCH_ACCOUNT=radiology SLURM_ACCOUNT=radiology SBATCH_PARTITION=h100 SLURM_PARTITION=h100
 
 # Either a container, through pyxis ...
 # export INFIMED_CONTAINER=/shared/images/infimed.sqsh

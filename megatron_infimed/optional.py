@@ -10,8 +10,8 @@ from typing import Any
 from megatron_infimed.errors import UserError
 
 REMEDY = {
-    "transformer_engine": "pip install -e .[h100] on a machine with CUDA",
-    "flash_attn": "pip install -e .[h100] on a machine with CUDA",
+    "transformer_engine": "on a machine with CUDA, see docs/gpu.md",
+    "flash_attn": "on a machine with CUDA, see docs/gpu.md",
     "apex": "take the NGC PyTorch container, or build NVIDIA's apex from source (PyPI's package of that name is another one)",
     "nvidia.dali": "pip install -e .[dali]",
     **dict.fromkeys(("pydicom", "imagecodecs", "jpeg_ls", "openjpeg", "nibabel"), "pip install -e .[formats]"),

@@ -8,6 +8,7 @@ final norm, pooling head and text half are not part of our model. Their names ar
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.model.initialize import initialize_weights
 from megatron_infimed.parallel import cpu, groups
+from megatron_infimed.parallel.groups import Ranks
 from megatron_infimed.train import checkpoint, saver
 
 # isort: split
 from megatron.core.transformer.module import MegatronModule  # parallel comes first: it sees to how Megatron-Core is imported
 
+log = logging.getLogger(__name__)
 _LANGUAGE_UNUSED = re.compile(r".*rotary_emb\.inv_freq")
 _VISION_UNUSED = re.compile(r"(text_model\.|logit_scale|logit_bias|(vision_model\.)?(post_layernorm|head)\.|.*position_ids$)")
 
@@ -35,21 +38,19 @@ _VISION_UNUSED = re.compile(r"(text_model\.|logit_scale|logit_bias|(vision_model
 def import_checkpoint(
     language: Path, vision: Path, output: Path, *, feature_layer: int = -2, dtype: str | None = None, seed: int = 1234
 ) -> checkpoint.Checkpoint:
-    """Writes `output`/checkpoints/step_00000000, which `init_from: output` finds.
+    """Writes `output`/checkpoints/step_00000000, which `init_from: output` finds. Where it is already, nothing is done.
 
     Args:
         language: Qwen3ForCausalLM folder.
         vision: SiglipModel or SiglipVisionModel folder.
-        output: a new run directory.
+        output: a new run directory, or one with this very import.
         feature_layer: counted from the end; blocks after it are left out.
         dtype: float32 or bfloat16. None: bfloat16 where every weight is stored so, else float32, so that nothing is lost.
         seed: of the projector.
 
     Raises:
-        UserError: a folder is not what it should be, or `output` holds checkpoints.
+        UserError: a folder is not what it should be, or `output` holds other checkpoints.
     """
-    if checkpoint.in_run(output):
-        raise UserError(f"{output}: holds checkpoints already; name a new directory")
     model_config = ModelConfig(vision=hf.vision_config(vision, feature_layer), language=hf.language_config(language))
     sources = {"vision": hf.Folder(vision), "language": hf.Folder(language)}
     prefix = {"vision": "vision_model." if any(n.startswith("vision_model.") for n in sources["vision"].shapes) else "", "language": ""}
@@ -62,10 +63,6 @@ def import_checkpoint(
     narrow = all(d == {torch.bfloat16} for d in stored.values())
     recipe = _recipe(model_config, dtype or ("bfloat16" if narrow else "float32"), language, output, seed)
     ranks = groups.initialize(recipe.parallel, seed)
-    with cpu.cuda_means_cpu():
-        model = InfiMed(recipe, ranks)
-    initialize_weights(_ProjectorOnly(model), recipe)  # type: ignore[arg-type]
-    _fill(model, sources, prefix, table)
     state = {
         "format": 1,
         "version": __version__,
@@ -80,7 +77,34 @@ def import_checkpoint(
             "left_out": left_out,
         },
     }
-    return saver.save(output, state, [model], None, ranks)
+    made = _made_before(output, state, ranks)
+    if made is None:
+        with cpu.cuda_means_cpu():
+            model = InfiMed(recipe, ranks)
+        initialize_weights(_ProjectorOnly(model), recipe)  # type: ignore[arg-type]
+        _fill(model, sources, prefix, table)
+        made = saver.save(output, state, [model], None, ranks)
+    if checkpoint.read_done(output) is None:
+        checkpoint.mark_done(output, made)
+    return made
+
+
+def _made_before(output: Path, state: dict[str, Any], ranks: Ranks) -> checkpoint.Checkpoint | None:
+    """The sound checkpoint of this import; UserError where `output` holds others."""
+    found = checkpoint.in_run(output)
+    if [c.step for c in found] not in ([], [0]) or any(_made_from(c.state) != _made_from(state) for c in found):
+        raise UserError(f"{output}: holds checkpoints already, of something else than this import; name a new directory")
+    made = checkpoint.newest_sound(output, ranks)
+    if made is not None:
+        log.info("%s: done before", output)
+    return made
+
+
+def _made_from(state: dict[str, Any]) -> Any:
+    """What decides the weights, wherever they lie."""
+    recipe, imported = state["recipe"], state.get("imported", {})
+    hashes = {part: source["sha256"] for part, source in imported.get("sources", {}).items()}
+    return recipe["model"], recipe["precision"]["params"], recipe["seed"], hashes
 
 
 class _ProjectorOnly(MegatronModule):

@@ -12,9 +12,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +35,6 @@ from megatron_infimed.train.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 QUESTIONS_AT_ONCE = 256
-T = TypeVar("T")
 
 
 def evaluate(
@@ -81,7 +79,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "scoring": score.VERSION,
     }
-    if before := _of_process_0(lambda: _done_before(output, inputs)):
+    if before := groups.from_first(lambda: _done_before(output, inputs)):
         log.info("%s: done before with this checkpoint and these questions: %s", output, summary(before))
         return before
 
@@ -89,7 +87,7 @@ def evaluate(
     decoder = make_decoder(recipe.data.decoder, recipe.data.decode_threads, ranks.device)
     started = time.perf_counter()
     parts = Parts(output, inputs)
-    of_id = _of_process_0(parts.read)
+    of_id = groups.from_first(parts.read)
     if of_id:
         log.info("%s: %d of %d questions were answered before", output, len(of_id), len(asked))
     mine = asked[ranks.data :: ranks.data_size]
@@ -200,13 +198,6 @@ def _done_before(output: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
         return scores if whole and scores["inputs"] == inputs else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _of_process_0(look: Callable[[], T]) -> T:
-    """What it finds on disk; all follow it, also where another node's view of the disk is older."""
-    found: list[T | None] = [look() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return cast(T, found[0])
 
 
 def _write(output: Path, rows: list[Row], scores: dict[str, Any]) -> None:

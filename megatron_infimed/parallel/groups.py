@@ -7,6 +7,7 @@ torchrun's variables, else from srun's, else it is alone (and then needs no netw
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -158,6 +159,24 @@ def gather(mine: T) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
+
+
+def from_first(look: Callable[[], T]) -> T:
+    """What process 0 finds, say on disk; all follow it, for another node's view of a shared folder may be older. All processes together.
+
+    Raises:
+        UserError: process 0 met one; the same on all.
+    """
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = look()
+        except UserError as e:
+            told[1] = str(e)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise UserError(told[1])
+    return told[0]
 
 
 def seed(number: int) -> None:

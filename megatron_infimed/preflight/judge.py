@@ -223,8 +223,17 @@ def judge_stuck(nodes: Mapping[int, str], groups: Iterable[tuple[str, ...]], tro
         nodes: of the ranks.
         trouble: what the ranks say that did not get through.
         answer: ranks that are alive.
+
+    Raises:
+        RuntimeError: it worked in none of several groups although all answer: that is the settings or the network, not a node.
     """
-    finding = Finding()
+    finding, groups = Finding(), list(groups)
+    if len(groups) > 1 and answer >= nodes.keys() and all(any(nodes[rank] in group for rank in trouble) for group in groups):
+        told = "; ".join(dict.fromkeys(trouble.values()))
+        raise RuntimeError(
+            f"all-reduce worked nowhere, so no node is left out: {told}; see to NCCL's network settings in launch/site.sh (NCCL_SOCKET_IFNAME, "
+            "GLOO_SOCKET_IFNAME), and to /dev/shm in a container"
+        )
     for group in groups:
         stuck = {rank: text for rank, text in trouble.items() if nodes[rank] in group}
         gone = [rank for rank, node in nodes.items() if node in group and rank not in answer]

@@ -2,15 +2,17 @@
 
 A stage is one of our commands over a recipe (`train`, `plan`, `evaluate`, `validate`) or any command lines (`run`). It comes after the stage
 above it, or after those that `after` names. What it reads and leaves is known for our commands and declared (`inputs`, `outputs`) for others.
-`let` gives names to texts that stand in the file as ${name}; words on the command line replace them. Paths are relative to the folder that
-the commands run in, as in recipes. The same file runs here (execute.py) and on SLURM (slurm.py).
+`let` gives names to texts that stand in the file as ${name}; words on the command line replace them, and words STAGE.key.path=value are
+settings over that stage's recipe, behind its own `set`. Paths are relative to the folder that the commands run in, as in recipes. The same
+file runs here (execute.py) and on SLURM (slurm.py).
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,7 +156,7 @@ class Stage(_Section):
         found, output = list(self.outputs), str(self.options.get("output", ""))
         if self.kind == "train" and self.recipe is not None:
             found.append(f"{self.recipe.output}/DONE")
-        found += {"evaluate": [f"{output or 'evaluation'}/scores.json"], "validate": [output]}.get(self.kind, [])
+        found += {"evaluate": [f"{output or 'evaluation'}/scores.json"], "validate": [output or "validation.json"]}.get(self.kind, [])
         return list(dict.fromkeys(found))
 
 
@@ -182,6 +184,17 @@ class Chain(_Section):
         given = self.stages[name].after
         return tuple(above) if given is None else given
 
+    def before(self, name: str) -> set[str]:
+        """All stages that are done when it starts."""
+        found: set[str] = set()
+        waiting = list(self.after(name))
+        while waiting:
+            other = waiting.pop()
+            if other not in found and other in self.stages:
+                found.add(other)
+                waiting += self.after(other)
+        return found
+
     def problems(self, to_run: bool = True) -> list[str]:
         """What cannot work although every value is legal by itself; `to_run`: also inputs that nothing makes."""
         out: list[str] = []
@@ -191,8 +204,15 @@ class Chain(_Section):
             if name == "jobs" or name.endswith(".begun"):
                 out.append(f"stages.{name}: the chain's own notes are called so, take another name")
             out += [f"stages.{name}.after: {other} does not stand above it" for other in self.after(name) if other not in names[:i]]
-            missing = [p for p in stage.reads if not Path(p).exists() and not any(_within(p, q) for q in made)] if to_run else []
-            out += [f"stages.{name}: {path} is not there, and no stage above it makes it" for path in missing]
+            before = self.before(name)
+            for path in (*stage.reads, *(gate.file for gate in stage.gates)):
+                makers = [maker for what, maker in made.items() if _within(path, what)]
+                if not before.issuperset(makers):
+                    out.append(f"stages.{name}: {path} is made by {' and '.join(makers)}, which its `after` does not name")
+                elif to_run and not makers and path in stage.reads and not Path(path).exists():
+                    out.append(f"stages.{name}: {path} is not there, and no stage above it makes it")
+            if stage.kind == "train" and stage.recipe is not None and _within(self.output, stage.recipe.output):
+                out.append(f"output: {self.output} lies in {name}'s own folder, which a redo sets aside: take another")
             for path in stage.leaves:
                 if path in made:
                     out.append(f"stages.{name}: {path} is left by {made[path]} too: give one of them another output")
@@ -211,7 +231,7 @@ def load_chain(path: Path, words: Sequence[str] = (), to_run: bool = True) -> Ch
         UserError: listing every problem with its path.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as e:
         raise UserError(f"{path}: cannot read the chain ({e.strerror}); launch/chains/ holds those that ship") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -221,11 +241,13 @@ def load_chain(path: Path, words: Sequence[str] = (), to_run: bool = True) -> Ch
     for key in ("let", "resources"):
         if not isinstance(tree.get(key) or {}, dict):
             raise UserError(f"{path}: {key} is a mapping")
-    names = _names(tree.get("let") or {}, words, path)
+    names, settings = _take(words, tree.get("let") or {}, list(tree["stages"]), path)
     tree = {**_fill_in(tree, names, path), "let": names}
     shared = tree.get("resources") or {}
-    for stage in tree["stages"].values():
+    for name, stage in tree["stages"].items():
         if isinstance(stage, dict):
+            if name in settings:
+                stage["set"] = [*(stage.get("set") or []), *settings[name]]
             own = stage.get("resources") or {}
             stage["resources"] = {**shared, **own} if isinstance(own, dict) else own
             if isinstance(stage.get("run"), str):
@@ -243,14 +265,33 @@ def _told(path: Path, problems: list[str]) -> UserError:
     return UserError("\n".join([f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the chain", *(f"  {p}" for p in problems)]))
 
 
-def _names(let: dict[str, Any], words: Sequence[str], path: Path) -> dict[str, str]:
-    names = {str(name): str(value) for name, value in let.items()}
+def _take(words: Sequence[str], let: dict[str, Any], stages: list[str], path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """What words on the command line say: texts by name, beside those of `let`, and settings by stage."""
+    names, settings = {str(name): str(value) for name, value in let.items()}, {}
     for word in words:
         name, sign, value = word.partition("=")
-        if not sign or name not in names:
-            raise UserError(f"{word!r}: {path} has no such name to set; it has {', '.join(f'{n}=...' for n in names) or 'none'}")
-        names[name] = value
-    return names
+        stage = max((one for one in stages if name.startswith(f"{one}.")), key=len, default=None)
+        if sign and name in names:
+            names[name] = value
+        elif sign and stage:
+            settings.setdefault(stage, []).append(word.removeprefix(f"{stage}."))
+        else:
+            have = ", ".join([*(f"{n}=..." for n in names), f"STAGE.key.path=... with STAGE one of {', '.join(stages)}"])
+            raise UserError(f"{word!r}: {path} has no such name to set; it has {have}")
+    return names, settings
+
+
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 reads it: 4:00:00 is a text, not a number to the base of 60."""
+
+
+def _plain(kind: str) -> Callable[[_Loader, yaml.ScalarNode], Any]:
+    usual = getattr(yaml.SafeLoader, f"construct_yaml_{kind}")
+    return lambda loader, node: node.value if ":" in node.value else usual(loader, node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _plain(_kind))
 
 
 def _fill_in(node: Any, names: dict[str, str], path: Path) -> Any:
@@ -274,4 +315,4 @@ def _weights(path: str) -> str:
 
 
 def _within(path: str, made: str) -> bool:
-    return Path(path).is_relative_to(made)
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(made))

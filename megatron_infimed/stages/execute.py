@@ -13,12 +13,14 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_infimed import notes
 from megatron_infimed.errors import UserError
@@ -131,9 +133,11 @@ def locked(chain: Chain) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise UserError(f"{chain.chain} is being run or submitted by process {file.read().strip()}: wait for it, or stop it") from None
+        except OSError as e:  # a file system without locks
+            log.warning("%s cannot be locked (%s): see to it that the chain is run or submitted once at a time", path, e.strerror)
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}")
         file.flush()
@@ -158,9 +162,24 @@ def _set_aside(stage: Stage) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     recipe = stage.recipe
     for path in [Path(recipe.output)] if stage.kind == "train" and recipe is not None else [Path(p) for p in stage.leaves]:
-        if path.exists():
-            path.rename(path.with_name(f"{path.name}.before-{stamp}"))
-            log.info("%s is now %s.before-%s", path, path, stamp)
+        if not path.exists():
+            continue
+        aside = path.with_name(f"{path.name}.before-{stamp}")
+        if files := _of_shard(path):
+            aside.mkdir()
+            for file in files:
+                file.rename(aside / file.name)
+        else:
+            path.rename(aside)
+        log.info("%s is now %s", path, aside)
+
+
+def _of_shard(path: Path) -> list[Path]:
+    """All files of a shard, the manifest first, where the path is that: apart from each other they are worth nothing."""
+    from megatron_infimed.data.shards import DATA_FILES, shard_file
+
+    files = [path, *(shard_file(path.with_suffix(""), name) for name in DATA_FILES)]
+    return files if path.suffix == ".json" and all(file.is_file() for file in files) else []
 
 
 def _fresh_notes(chain: Chain, name: str) -> Path:
@@ -175,16 +194,38 @@ def _execute(name: str, command: Command, processes: int | None) -> None:
     words = [sys.executable, *command.words[1:]] if command.words[0] == "python" else list(command.words)
     ranks = processes if processes and command.ranks > 1 else command.ranks
     try:
-        code = _together(words, ranks) if ranks > 1 else subprocess.run(words, check=False).returncode
+        code = _together(words, ranks) if ranks > 1 else _alone(words)
     except OSError as e:
         raise UserError(f"{name}: cannot run {words[0]} ({e.strerror})") from None
     if code == notes.AGAIN:
-        raise StageFailed(f"{name} was stopped by a signal and has saved; run the chain again to go on", code)
+        raise StageFailed(f"{name} was stopped by a signal; run the chain again to go on from what it has saved", code)
     if code:
         text = f"{name} failed (exit code {code}): {shlex.join(command.words)}"
         if not any((Path(os.environ["INFIMED_NOTES"]) / note).exists() for note in ("why", "crash")):
             notes.write("crash", text)
         raise StageFailed(text, code)
+
+
+def _alone(words: Sequence[str]) -> int:
+    """Starts the words as one process, which hears of the signals that stop us; its exit code."""
+    stopped = False
+
+    def pass_on(number: int, _frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        process.send_signal(number)
+
+    process = subprocess.Popen(words)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+    except BaseException:  # Ctrl-C, which the process has been given too
+        process.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return notes.AGAIN if stopped and code else code
 
 
 def _together(words: Sequence[str], ranks: int) -> int:

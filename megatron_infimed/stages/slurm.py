@@ -135,7 +135,7 @@ def _submit(chain: Chain, name: str, arguments: list[str], before: list[str]) ->
 
 
 def options_of(resources: Resources) -> list[str]:
-    """sbatch's options."""
+    """sbatch's options; an empty one, as a name in the chain may give, is none."""
     options = [f"--nodes={resources.nodes}", f"--ntasks-per-node={resources.ranks // resources.nodes}"]
     if resources.gpus:
         options.append(f"--gpus-per-node={resources.gpus}")
@@ -143,7 +143,7 @@ def options_of(resources: Resources) -> list[str]:
         options.append(f"--cpus-per-gpu={resources.cpus}" if resources.gpus else f"--cpus-per-task={resources.cpus}")
     if resources.time is not None:
         options.append(f"--time={resources.time}")
-    return [*options, *resources.sbatch]
+    return [*options, *(option for option in resources.sbatch if option)]
 
 
 def _run(*words: str) -> str:

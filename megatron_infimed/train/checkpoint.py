@@ -14,12 +14,12 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -30,7 +30,7 @@ from megatron_infimed.config import ModelConfig
 from megatron_infimed.errors import UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
-from megatron_infimed.parallel.groups import Ranks, gather
+from megatron_infimed.parallel.groups import Ranks, from_first, gather
 
 log = logging.getLogger(__name__)
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -96,7 +96,7 @@ def find_sound(path: str | os.PathLike[str], model: ModelConfig, ranks: Ranks) -
     Raises:
         UserError: there is none, it is damaged, or of another model.
     """
-    found = find(path)
+    found = from_first(lambda: find(path))
     if damaged := found.damaged(ranks):
         raise UserError(f"{found.path} is damaged ({', '.join(damaged)}): take an older checkpoint of that run, or train on from one")
     theirs, ours = _flat(found.model), _flat(model)
@@ -115,18 +115,38 @@ def in_run(run: Path) -> list[Checkpoint]:
     return [Checkpoint(p) for p in sorted(run.glob("checkpoints/step_*")) if re.fullmatch(r"step_\d+", p.name)]
 
 
+def mark_done(run: Path, checkpoint: Checkpoint, **more: Any) -> None:
+    """Writes DONE into a run directory: this checkpoint is what it was for."""
+    done = {**more, "step": checkpoint.step, "checkpoint": checkpoint.path.name, "checkpoint_sha256": checkpoint.fingerprint}
+    aside = run / f"DONE.{os.getpid()}.{time.time_ns()}.tmp"
+    aside.write_text(json.dumps(done, indent=1))
+    aside.replace(run / "DONE")
+
+
+def read_done(run: Path) -> dict[str, Any] | None:
+    """What DONE says; null where the run is not done."""
+    try:
+        return json.loads((run / "DONE").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{run}/DONE is damaged: delete it, and the run goes on from its newest checkpoint") from None
+
+
 def newest_sound(run: Path, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint whose hashes hold; damaged ones are passed over with a warning, half-written ones removed."""
-    if ranks.rank == 0:
-        for half in run.glob("checkpoints/*.tmp"):
-            shutil.rmtree(half, ignore_errors=True)
-    dist.barrier()
-    for checkpoint in reversed(in_run(run)):
+    for checkpoint in reversed(from_first(lambda: _tidied(run))):
         damaged = checkpoint.damaged(ranks)
         if not damaged:
             return checkpoint
         log.warning("%s is damaged (%s): going back to the checkpoint before it", checkpoint.path, ", ".join(damaged))
     return None
+
+
+def _tidied(run: Path) -> list[Checkpoint]:
+    for half in run.glob("checkpoints/*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
+    return in_run(run)
 
 
 def load_weights(checkpoint: Checkpoint, pieces: Sequence[InfiMed]) -> None:
@@ -166,7 +186,16 @@ def _load(checkpoint: Checkpoint, pieces: Sequence[InfiMed], optimizer: Megatron
                 optimizer.load_state_dict(loaded["optimizer"])
     except (CheckpointingException, KeyError, RuntimeError, CheckpointException) as e:
         reason = " ".join(str(e).split())[:300]
+        if not _of_its_content(e):
+            raise RuntimeError(f"{checkpoint.path} could not be loaded: {reason}") from e
         raise UserError(f"{checkpoint.path}: does not load into this model ({reason}): is it of another recipe?") from e
+
+
+def _of_its_content(error: BaseException) -> bool:
+    """Whether it is the checkpoint that does not suit: not a process that died meanwhile, a disk that did not answer, a device without memory."""
+    if isinstance(error, CheckpointException):  # torch's, over what went wrong on each rank
+        return all(_of_its_content(e) for e, _ in error.failures.values())
+    return not isinstance(error, OSError) and (not isinstance(error, RuntimeError) or "loading state_dict" in str(error))
 
 
 def sharded_state(pieces: Sequence[InfiMed], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:

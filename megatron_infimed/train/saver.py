@@ -60,6 +60,10 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable"),
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
 }
+_MAY_PASS = {
+    errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO,
+}  # fmt: skip
+"""A disk, a mount or a node in trouble: another start, perhaps on other nodes, may do."""
 
 
 def save(run: Path, state: dict[str, Any], pieces: Sequence[InfiMed], optimizer: MegatronOptimizer | None, ranks: Ranks) -> Checkpoint:
@@ -221,33 +225,36 @@ class Saver:
 
     @contextlib.contextmanager
     def _together(self, path: Path) -> Iterator[None]:
-        """What fails on one process fails on all, and leaves no half checkpoint."""
+        """What fails on one process fails on all, and leaves no half checkpoint. What the user can mend is a UserError; what may pass by itself,
+        or with another node (an I/O error, a lost mount), a RuntimeError."""
         trouble = None
         try:
             yield
         except Exception as e:
             trouble = self._said(path, e)
-        if told := [words for words in gather(trouble) if words]:
+        if told := [said for said in gather(trouble) if said]:
             self._pending = None
             if self._ranks.rank == 0 and self._owns():
                 shutil.rmtree(_aside(path), ignore_errors=True)
-            raise UserError(told[0])
+            words, final = max(told, key=lambda said: said[1])
+            raise UserError(words) if final else RuntimeError(words)
 
-    def _said(self, path: Path, error: BaseException) -> str:
+    def _said(self, path: Path, error: BaseException) -> tuple[str, bool]:
+        """In words, and whether the user has to do something about it."""
         if isinstance(error, UserError):
-            return str(error)
+            return str(error), True
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):  # torch raises errors of its own over it
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             log.error("%s was not saved", path, exc_info=error)
-            return f"{path}: process {self._ranks.rank} did not save it: {type(error).__name__}: {error}"
+            return f"{path}: process {self._ranks.rank} did not save it: {type(error).__name__}: {error}", False
         folder = next(p for p in path.parents if p.exists())
         return (
             f"{path}: process {self._ranks.rank} cannot write it ({cause.strerror}, {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free): "
             f"{_REMEDIES.get(cause.errno or 0, 'see to the disk')}, and start again; "
             f"{self.newest.path.name if self.newest else 'no checkpoint'} is the newest complete one"
-        )
+        ), cause.errno not in _MAY_PASS
 
 
 class _Share(FileSystemWriterAsync):

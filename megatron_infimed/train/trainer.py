@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -74,7 +72,7 @@ def fit(recipe: Recipe) -> bool:
 
     newest = checkpoint.newest_sound(run_dir, ranks)
     if newest is not None:
-        _refuse_other(run_dir, newest.state["identity"], identity)
+        _refuse_other(run_dir, newest.state.get("identity", {}), identity)
     elif recipe.init_from and start_from is None:  # all of this run's checkpoints were damaged
         start_from = checkpoint.find_sound(recipe.init_from, recipe.model, ranks)
     first_step = schedule.step_at(Position(*newest.state["position"])) if newest else 0
@@ -99,8 +97,7 @@ def fit(recipe: Recipe) -> bool:
         log.info("%s: stopped by a signal after step %d, saved in %s; start it again to continue", run_dir, step, saved.path)
         return False
     if ranks.rank == 0:
-        done = {"identity": identity, "step": step, "checkpoint": saved.path.name, "checkpoint_sha256": saved.fingerprint}
-        _write_whole(run_dir / "DONE", json.dumps(done, indent=1))
+        checkpoint.mark_done(run_dir, saved, identity=identity)
     log.info("%s: done after step %d, weights in %s", run_dir, step, saved.path)
     return True
 
@@ -181,7 +178,8 @@ def _start(recipe: Recipe, run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | No
     """The checkpoint whose weights a fresh run takes, and its fingerprint. A run that has checkpoints of its own needs it no more."""
     if recipe.init_from is None:
         return None, None
-    if not (own := checkpoint.in_run(run_dir)):
+    if not (own := groups.from_first(lambda: checkpoint.in_run(run_dir))):
+        groups.from_first(partial(_refuse_unfinished, Path(recipe.init_from)))
         found = checkpoint.find_sound(recipe.init_from, recipe.model, ranks)
         if recipe.init_optimizer and (theirs := found.state["recipe"]["trainable"]) != recipe.trainable.model_dump():
             raise UserError(
@@ -189,9 +187,18 @@ def _start(recipe: Recipe, run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | No
             )
         return found, found.fingerprint
     try:
-        return None, checkpoint.find(recipe.init_from).fingerprint
+        return None, groups.from_first(partial(checkpoint.find, recipe.init_from)).fingerprint
     except UserError:
         return None, own[-1].state["identity"]["init_from"]
+
+
+def _refuse_unfinished(run: Path) -> None:
+    """A stage that starts too early would take what the one before it has so far."""
+    if (there := checkpoint.in_run(run)) and not (run / "DONE").exists():
+        raise UserError(
+            f"init_from: {run} is not done, its newest checkpoint is {there[-1].path.name}: wait until it is (sbatch --dependency=afterok:JOB), "
+            f"or take what is there by its own name, init_from={there[-1].path}"
+        )
 
 
 def open_data(recipe: Recipe) -> tuple[Tokenizer, list[Shard]]:
@@ -252,10 +259,10 @@ def _refuse_other(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) ->
 
 
 def _is_done(run_dir: Path, identity: dict[str, Any], last_step: int, ranks: Ranks) -> bool:
-    if not (run_dir / "DONE").exists():
+    done = groups.from_first(partial(checkpoint.read_done, run_dir))
+    if done is None:
         return False
-    done = json.loads((run_dir / "DONE").read_text())
-    _refuse_other(run_dir, done["identity"], identity)
+    _refuse_other(run_dir, done.get("identity", {}), identity)
     final = Checkpoint(run_dir / "checkpoints" / done["checkpoint"])
     return done["step"] >= last_step and not final.damaged(ranks)
 
@@ -288,9 +295,3 @@ def _stop_on_signal(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if run.stop else handler)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{time.time_ns()}.tmp")
-    aside.write_text(text)
-    aside.replace(path)

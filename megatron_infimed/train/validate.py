@@ -75,7 +75,7 @@ def validate(recipe: Recipe, data: Sequence[str], output: Path, *, checkpoint: s
         **recipe.data.model_dump(include={"capacity", "max_images", "overlong"}),
         "params": recipe.precision.params,
     }
-    if before := _done_before(output, inputs):
+    if before := groups.from_first(lambda: _done_before(output, inputs)):
         log.info("%s: done before with this checkpoint and these shards: %s", output, summary(before))
         return before
 
@@ -226,14 +226,11 @@ def _mean(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _done_before(output: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that is there, if it is of the same inputs. Process 0 looks and all follow it."""
-    found: list[dict[str, Any] | None] = [None]
-    if dist.get_rank() == 0:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            result = json.loads(output.read_text())
-            found = [result if result["inputs"] == inputs else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    """The result that is there, if it is of the same inputs."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        result = json.loads(output.read_text())
+        return result if result["inputs"] == inputs else None
+    return None
 
 
 def _write(output: Path, result: dict[str, Any]) -> None:

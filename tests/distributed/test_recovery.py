@@ -154,6 +154,15 @@ def test_next_stage_starts_from_weights(recipe, whole, tmp_path):
     assert runs.figures(tmp_path / "next")[0][0] < runs.figures(whole)[0][0] - 0.5, "the weights were not carried over"
 
 
+def test_a_run_that_is_not_done_is_no_start_unless_named(recipe, whole, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "checkpoints").symlink_to(whole / "checkpoints")
+    newest = in_run(tmp_path / "half")[-1].path
+    text = runs.train(recipe, tmp_path / "next", f"init_from={tmp_path / 'half'}", code=2)
+    assert f"half is not done, its newest checkpoint is {newest.name}" in text and f"init_from={newest}" in text
+    assert f"weights of {newest}" in runs.train(recipe, tmp_path / "next", f"init_from={newest}", "max_steps=1")
+
+
 def test_next_stage_may_take_the_moments(recipe, whole, tmp_path):
     """After one step each, with the same weights and rows: what is left of the old moments is the difference, whatever the new settings."""
     again = [f"init_from={whole}", "max_steps=1", "optimizer.betas=[0.8, 0.9]", "batch.rows=2"]

@@ -161,7 +161,9 @@ class Slurm:
         conf = str(self.folder / "slurm.conf")
         files = ("key-file", "socket", "pid-file", "log-file", "seed-file")
         munged = ["munged", "--foreground", "--force", *(f"--{option}={self.folder}/munge.{option}" for option in files)]
-        command = {"munged": munged, "slurmctld": ["slurmctld", "-D", *["-c"] * (not again), "-f", conf]}.get(name, ["slurmd", "-D", "-N", name, "-f", conf])
+        command = {"munged": munged, "slurmctld": ["slurmctld", "-D", *["-c"] * (not again), "-f", conf]}.get(
+            name, ["slurmd", "-D", "-N", name, "-f", conf]
+        )
         with (self.folder / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
         while name == "munged" and not (self.folder / "munge.socket").exists() and self.daemons[name].poll() is None:

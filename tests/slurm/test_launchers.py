@@ -118,6 +118,30 @@ def test_a_job_that_gets_nowhere_is_given_up(slurm: Slurm, project: Path) -> Non
     assert slurm.log(project, job).count("== ") == 4, "each start has its own heading in the log"
 
 
+def test_what_does_not_end_goes_back_into_the_queue_before_its_time_limit(fragile: Slurm, project: Path) -> None:
+    """At the limit itself SLURM would end it for good. What it says after the signal is not the user's mistake."""
+    (project / "launch" / "site.sh").write_text('[ "$NOWHERE_TO_BE_FOUND" ] || true\n')  # what a site sources need not suit set -u
+    hangs = (
+        """sh -c 'trap "echo asked; echo left alone >$INFIMED_NOTES/why" USR1; while [ "$SLURM_RESTART_COUNT" != 1 ]; do sleep 1; done'"""
+    )
+    own = write_launcher(project, f"supervise ranks {hangs}")
+    job = fragile.launch(project, own, options=("--time=1", "--signal=B:USR1@58"))
+    assert fragile.wait(job) == "COMPLETED", fragile.log(project, job)
+    said = fragile.log(project, job)
+    assert fragile.field(job, "Restarts") == "1" and "asked" in said
+    assert "it does not end, and the time limit is near: back into the queue from nothing" in said and "failed" not in said
+
+
+def test_under_ft_launcher_a_mistake_ends_all_processes(slurm: Slurm, project: Path) -> None:
+    """One of two finds it; the other would wait for it for ever."""
+    own = write_launcher(
+        project, """supervise training sh -c 'if [ "$RANK" = 1 ]; then echo "so it is" >$INFIMED_NOTES/why; exit 2; fi; sleep 300'"""
+    )
+    job = slurm.launch(project, own, options=(*TWO, "--export=ALL,INFIMED_LAUNCHER=ft"))
+    slurm.until(lambda: slurm.state(job) == "FAILED", log=lambda: slurm.log(project, job))
+    assert slurm.field(job, "ExitCode") == "2:0" and slurm.field(job, "Restarts") == "0" and "failed: so it is" in slurm.log(project, job)
+
+
 def test_a_mistake_is_final(slurm: Slurm, project: Path, recipe: Path, tmp_path: Path) -> None:
     job = slurm.launch(project, "pretrain_1p7b.sh", *tiny(recipe, tmp_path / "run", "optimizer.lr=-1"), options=TWO)
     assert slurm.wait(job) == "FAILED" and slurm.field(job, "Restarts") == "0" and slurm.field(job, "ExitCode") == "2:0"

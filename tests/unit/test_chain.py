@@ -62,6 +62,12 @@ def test_a_number_may_be_named(tmp_path):
             chain(tmp_path, {"a": {"run": "x"}}, **{key: ["x"]})
 
 
+def test_an_empty_option_of_sbatch_is_none(tmp_path):
+    stages = {"a": {"run": "x", "resources": {"sbatch": ["--mem=4G", "${cpu}"]}}}
+    for value, wanted in (("", ["--mem=4G"]), ("--partition=cpu", ["--mem=4G", "--partition=cpu"])):
+        assert options_of(chain(tmp_path, stages, let={"cpu": value}).stages["a"].resources)[2:] == wanted
+
+
 def test_resources_are_taken_key_by_key_and_become_options(tmp_path):
     made = chain(
         tmp_path, {"a": {"run": "x", "resources": {"nodes": 4, "cpus": 6}}, "b": {"run": "x"}}, resources={"gpus": 8, "time": "2:00:00"}
@@ -81,6 +87,15 @@ def test_resources_are_taken_key_by_key_and_become_options(tmp_path):
         ({"a": {"run": "x", "after": ["b"]}, "b": {"run": "x"}}, "stages.a.after: b does not stand above it"),
         ({"a": {"run": "x", "inputs": ["/nowhere/at/all"]}}, "stages.a: /nowhere/at/all is not there, and no stage above it makes it"),
         ({"a": {"run": "x", "outputs": ["o"]}, "b": {"run": "x", "outputs": ["o"]}}, "stages.b: o is left by a too"),
+        (
+            {"a": {"run": "x", "outputs": ["o"]}, "b": {"run": "x", "inputs": ["o/file"], "after": []}},
+            "stages.b: o/file is made by a, which its `after` does not name",
+        ),
+        (
+            {"a": {"run": "x", "outputs": ["o"]}, "b": {"run": "x", "gates": [{"file": "o", "value": "v", "at_most": 1}], "after": []}},
+            "stages.b: o is made by a, which its `after` does not name",
+        ),
+        ({"a": {"train": RECIPE, "set": ["output=/"]}}, "lies in a's own folder, which a redo sets aside"),
         ({"a": {"run": "x", "resources": {"nodes": 2, "processes": 3}}}, "processes 3 do not divide over nodes 2"),
         ({"a": {"run": "x", "gates": [{"file": "f", "value": "v"}]}}, "give at_least or at_most"),
         ({"a": {"run": "x", "colour": 1}}, "stages.a.colour: Extra inputs are not permitted"),
@@ -103,9 +118,34 @@ def test_all_problems_come_at_once(tmp_path):
         chain(tmp_path, {"a": {"run": "x", "inputs": ["/no/1", "/no/2"]}})
 
 
-def test_a_word_must_be_a_name_of_the_chain(tmp_path):
-    with pytest.raises(UserError, match=r"'split=dev': .* has no such name to set; it has run=\.\.\."):
-        chain(tmp_path, {"a": {"run": "x"}}, "split=dev", let={"run": "r"})
+def test_a_word_must_be_a_name_of_the_chain_or_a_setting_of_a_stage(tmp_path):
+    for word in ("split=dev", "b.lr=1", "a"):
+        with pytest.raises(
+            UserError, match=rf"'{word}': .* has no such name to set; it has run=\.\.\., STAGE\.key\.path=\.\.\. with STAGE one of a$"
+        ):
+            chain(tmp_path, {"a": {"run": "x"}}, word, let={"run": "r"})
+    with pytest.raises(UserError, match="set and options belong to a recipe's command"):
+        chain(tmp_path, {"a": {"run": "x"}}, "a.lr=1")
+
+
+def test_words_are_settings_of_one_stage_behind_its_own(tmp_path):
+    plain = {"plan": RECIPE, "set": ["data.sources=[]", "optimizer.lr=1e-3"]}
+    made = chain(tmp_path, {"a": plain, "a.b": plain}, "a.optimizer.lr=2e-3", "a.b.optimizer.lr=3e-3", "a.b.optimizer.lr=4e-3")
+    assert [stage.recipe.optimizer.lr for stage in made.stages.values() if stage.recipe] == [2e-3, 4e-3]
+    assert made.stages["a"].commands[0].words[-1] == "optimizer.lr=2e-3"
+
+
+def test_times_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "chain: c\noutput: o\nstages: {a: {run: x, resources: {time: 4:00:00}}, b: {run: x, resources: {time: 240}}}"
+    )
+    made = load_chain(tmp_path / "c.yaml")
+    assert [options_of(stage.resources)[-1] for stage in made.stages.values()] == ["--time=4:00:00", "--time=240"]
+
+
+def test_without_output_a_validation_leaves_what_its_command_does(tmp_path):
+    made = chain(tmp_path, {"a": {"run": "x", "outputs": ["w"]}, "b": {"validate": RECIPE, "options": {"checkpoint": "w", "data": []}}})
+    assert made.stages["b"].leaves == ["validation.json"]
 
 
 @pytest.mark.parametrize("path", sorted(Path("launch/chains").glob("*.yaml")), ids=lambda p: p.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_infimed.config import CheckpointConfig, ParallelConfig, Recipe
 from megatron_infimed.errors import UserError
@@ -27,6 +29,7 @@ from megatron_infimed.model.initialize import initialize_weights
 from megatron_infimed.parallel import cpu, groups
 from megatron_infimed.parallel.groups import Ranks
 from megatron_infimed.train import checkpoint, saver
+from megatron_infimed.train.checkpoint import Checkpoint
 from megatron_infimed.train.optimizer import wrap_and_optimize
 from megatron_infimed.train.saver import Saver
 from tests.distributed.runs import RECIPE
@@ -204,9 +207,40 @@ def test_a_bug_in_the_writer_is_told_too(training, tmp_path, monkeypatch):
     monkeypatch.setattr(saver, "_write_item", lambda *_: {}["what"])
     to = training.saver(tmp_path, background=True)
     training.save(to)
-    with pytest.raises(UserError, match="did not save it: KeyError: 'what'"):
+    with pytest.raises(RuntimeError, match="did not save it: KeyError: 'what'"):
         to.finish()
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_trouble_that_may_pass_is_not_the_user_s(training, tmp_path, monkeypatch):
+    """On a cluster the job is started again, perhaps on other nodes."""
+
+    def lost(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(saver, "_write_item", lost)
+    with pytest.raises(RuntimeError, match=r"step_00000001: process 0 cannot write it \(Stale file handle"):
+        training.save(training.saver(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "its"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), False),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("Error(s) in loading state_dict for InfiMed: size mismatch"), True),
+        (KeyError("it lacks a.weight"), True),
+        (CheckpointException("read", {0: (OSError(errno.EIO, "Input/output error"), None)}), False),  # type: ignore[dict-item]
+        (CheckpointException("plan", {1: (ValueError("Size mismatch between saved"), None)}), True),  # type: ignore[dict-item]
+    ],
+)
+def test_what_fails_while_loading_is_the_checkpoint_s_fault_or_not(ranks, tmp_path, monkeypatch, error, its):
+    def fails(*_args, **_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "sharded_state", fails)
+    with pytest.raises(UserError if its else RuntimeError, match="is it of another recipe" if its else "could not be loaded"):
+        checkpoint.load_weights(Checkpoint(tmp_path), [])
 
 
 def one_disk_is_full(rank: int, port: int, run: Path) -> None:

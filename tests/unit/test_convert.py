@@ -192,7 +192,26 @@ def test_unfit_weights_are_refused(damaged):
 
 def test_import_refuses_a_layer_that_is_not_there_and_a_used_directory(damaged, run):
     refuse_import(damaged, "--feature-layer -4: the tower", feature_layer=-4)
-    refused("holds checkpoints already", import_checkpoint, damaged / "language", damaged / "vision", run)
+    refused("holds checkpoints already, of something else", import_checkpoint, damaged / "language", damaged / "vision", run, seed=5)
+
+
+def test_an_import_is_done_once(sources, tmp_path, caplog):
+    words = (sources / "language", sources / "vision", tmp_path / "run")
+    first = import_checkpoint(*words)
+    (tmp_path / "run" / "DONE").unlink()  # killed just before
+    files = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
+    with caplog.at_level("INFO", "megatron_infimed"):
+        assert import_checkpoint(*words) == first and "done before" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in first.path.iterdir()} == files
+    assert checkpoint.read_done(tmp_path / "run") == {
+        "step": 0, "checkpoint": "step_00000000", "checkpoint_sha256": first.fingerprint,
+    }  # fmt: skip
+    weights = next(first.path.glob("*.distcp"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    import_checkpoint(*words)
+    assert weights.read_bytes() == whole, "a damaged one is made again"
+    refused("holds checkpoints already, of something else", import_checkpoint, *words, dtype="bfloat16")
 
 
 def test_index_that_names_a_missing_file(damaged):

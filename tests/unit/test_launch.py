@@ -17,7 +17,7 @@ SCRIPTS = sorted(
 
 
 def test_the_launchers_are_there() -> None:
-    names = ("common", "stage", "pretrain_1p7b", "pretrain_4b", "sft_1p7b", "sft_4b", "evaluate", "preprocess_array")
+    names = ("common", "stage", "pretrain_1p7b", "pretrain_4b", "sft_1p7b", "sft_4b", "evaluate", "validate", "preprocess_array")
     assert {f"launch/{name}.sh" for name in names} <= set(SCRIPTS)
 
 

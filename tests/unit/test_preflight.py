@@ -256,6 +256,8 @@ def test_an_all_reduce_that_does_not_end() -> None:
     assert gone.lines() == ["bad node n2: rank 2 does not answer any more: it is stopped, dead or cut off in an all-reduce"]
     both = judge_stuck(nodes, pairs, {4: "not done", 5: "refused"}, set(nodes))
     assert both.bad.keys() == {"n3", "n4"} and "all-reduce between n3 and n4 did not work: not done; refused" in both.lines()[0]
+    with pytest.raises(RuntimeError, match=r"all-reduce worked nowhere, so no node is left out: no socket interface found; see to NCCL's"):
+        judge_stuck(nodes, pairs, dict.fromkeys(nodes, "no socket interface found"), set(nodes))
     assert not judge_stuck(nodes, [("n1", "n2", "n3", "n4")], dict.fromkeys(nodes, "not done"), set(nodes)), "nobody can tell"
     assert judge_stuck(nodes, [("n1",)], {0: "not done", 1: "not done"}, set(nodes)).bad.keys() == {"n1"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_infimed.data.shards import DATA_FILES
 from megatron_infimed.errors import UserError
-from megatron_infimed.stages import execute, standing
+from megatron_infimed.stages import execute, standing, status
 from megatron_infimed.stages.chain import Chain, Gate, load_chain
 
 
@@ -138,6 +140,18 @@ def test_large_files_go_by_size_and_time(folder, monkeypatch):
     shutil.rmtree(folder / "o", ignore_errors=True)
 
 
+def test_a_redo_sets_a_whole_shard_aside(folder):
+    made = {f"shard.{name}" for name in (*DATA_FILES, "json")}
+    shard = {"outputs": [f"{folder}/shard.json"]}
+    for name in (*made, "out.txt"):
+        (folder / name).write_text("old")
+    finish(load(folder, **shard), folder)
+    (folder / "in.txt").write_text("other")
+    assert execute.begin(load(folder, **shard), "a", redo=True)
+    (aside,) = folder.glob("shard.json.before-*")
+    assert {path.name for path in aside.iterdir()} == made and not list(folder.glob("shard.*[!0-9]"))
+
+
 @pytest.mark.parametrize("text", ["{cut", "[]", '{"seconds": 1}'])
 def test_a_damaged_note_is_one_line(folder, text):
     chain = load(folder)
@@ -157,6 +171,16 @@ def test_code_that_changes_while_a_redo_is_half_done_does_not_undo_it(folder):
     assert execute.begin(load(folder), "a", redo=True) and (folder / "out.txt").read_text() == "half"
     (folder / "in.txt").write_text("a third")
     assert execute.begin(load(folder), "a", redo=True) and not (folder / "out.txt").exists(), "other data: it begins anew"
+
+
+def test_a_file_system_without_locks(folder, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with execute.locked(load(folder)):
+        assert "cannot be locked (Function not implemented)" in caplog.text
+        assert not status._held(folder / "o" / "lock")
 
 
 def test_one_at_a_time(folder):
