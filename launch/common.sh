@@ -125,23 +125,25 @@ train() {
 stop() {
   stopped=1
   say "SIG$1: it is asked to save"
-  [ -z "$front" ] || insist "$front" &
+  [ -z "$front" ] || insist "$1" &
 }
 
+# When SLURM will end the job.
+ends() { scontrol show job --oneliner "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' | grep . || echo unknown; }
+
 # srun passes it on to all tasks. Again and again: a process may not listen yet. One that hangs would keep the job until its time limit, where SLURM
-# ends it for good: so shortly before that it goes back into the queue as it is.
+# ends it for good: so shortly before that it goes back into the queue as it is. (After TERM the end that SLURM names is that of the grace time.)
 insist() {
-  local limit
-  limit=$(ask scontrol show job --oneliner "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
-  limit=$(date -d "$limit" +%s 2>/dev/null || echo 99999999999) # no limit: Unknown
-  while kill -USR1 "$1" 2>/dev/null; do
-    if [ $((limit - $(date +%s))) -le 45 ] && [ "$(idle_starts)" -lt $((3 * most_idle)) ]; then
+  local limit=''
+  while kill -USR1 "$front" 2>/dev/null && sleep 15; do
+    [ "$1" = USR1 ] || continue
+    limit=${limit:-$(date -d "$(ends)" +%s)}
+    if [ -n "$limit" ] && [ $((limit - $(date +%s))) -le 45 ] && [ "$(idle_starts)" -lt $((3 * most_idle)) ] && kill -0 "$front"; then
       say "it does not end, and the time limit is near: back into the queue from $(progress)"
       ask scontrol requeue "$job"
       return
     fi
-    sleep 15
-  done
+  done 2>/dev/null
 }
 
 supervise() {

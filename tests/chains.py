@@ -53,9 +53,9 @@ def stages(
     return text
 
 
-def states(chain: Path, *words: str, env: dict[str, str] | None = None) -> dict[str, str]:
+def states(chain: Path, *words: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> dict[str, str]:
     """stage -> its state, of `stages status`."""
-    return {line["stage"]: line["state"] for line in json.loads(stages("status", chain, *words, "--json", env=env))}
+    return {line["stage"]: line["state"] for line in json.loads(stages("status", chain, *words, "--json", env=env, cwd=cwd))}
 
 
 def figures(chain: Path) -> dict[str, list[tuple[float, float]]]:

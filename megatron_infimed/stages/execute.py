@@ -207,7 +207,7 @@ def _execute(name: str, command: Command, processes: int | None) -> None:
 
 
 def _alone(words: Sequence[str]) -> int:
-    """Starts the words as one process, which hears of the signals that stop us; its exit code."""
+    """Starts the words as one process, which hears of the signals that stop us; its exit code, or AGAIN after such a signal."""
     stopped = False
 
     def pass_on(number: int, _frame: Any) -> None:
@@ -225,7 +225,7 @@ def _alone(words: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return notes.AGAIN if stopped and code else code
+    return notes.AGAIN if stopped else code
 
 
 def _together(words: Sequence[str], ranks: int) -> int:

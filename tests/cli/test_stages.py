@@ -13,12 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
-from megatron_infimed.convert.start import import_checkpoint
 from tests import chains
 from tests.distributed import runs
-from tests.parity import hf
 
 
 @pytest.fixture(scope="module")
@@ -127,27 +124,6 @@ def test_a_failing_stage_ends_the_chain_and_says_why(recipe: Path, tmp_path: Pat
     assert chains.states(chain) == {"note": "done", "first": "failed", "measure": "waiting", "second": "waiting"}
     line = next(line for line in chains.stages("status", chain).splitlines() if line.split()[0] == "first")
     assert "vocab_size is 16" in line, "one line says why"
-
-
-def test_published_weights_are_imported_and_trained_on(recipe: Path, tmp_path: Path) -> None:
-    """As launch/chains/infimed.yaml begins."""
-    hf.qwen3(tmp_path / "language")
-    hf.siglip(tmp_path / "vision")
-    imported = f"tools/convert_checkpoint.py import --language {tmp_path}/language --vision {tmp_path}/vision --output {tmp_path}/init"
-    model = import_checkpoint(tmp_path / "language", tmp_path / "vision", tmp_path / "same").model
-    sizes = [f"model={json.dumps(model.model_dump())}", "data.alignment=16", f"data.tokenizer={tmp_path}/language"]
-    phase = {"until": 1.0, "image_size": model.vision.image_size, "tokens_per_image": model.vision.grid**2}
-    words = [*sizes, f"schedule=[{json.dumps(phase)}]", "max_steps=2", f"init_from={tmp_path}/init", f"output={tmp_path}/first"]
-    stages = {
-        "import": {"run": f"python {imported}", "inputs": [f"{tmp_path}/language", f"{tmp_path}/vision"], "outputs": [f"{tmp_path}/init"]},
-        "first": {"train": str(recipe), "set": words},
-    }
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"chain": "c", "output": f"{tmp_path}/chain", "stages": stages}, sort_keys=False))
-    chains.stages("run", tmp_path / "c.yaml", "--until", "import")
-    (tmp_path / "chain" / "import.json").unlink()  # killed before it was recorded
-    said = chains.stages("run", tmp_path / "c.yaml")
-    assert f"{tmp_path}/init: done before" in said and f"weights of {tmp_path}/init/checkpoints/step_00000000" in said
-    assert len(runs.figures(tmp_path / "first")) == 2
 
 
 def test_a_signal_reaches_a_stage_of_one_process(recipe: Path, tmp_path: Path) -> None:
