@@ -3,7 +3,7 @@
 #     supervise FUNCTION "$@"      FUNCTION runs `alone COMMAND` (one task on the first node) and `ranks COMMAND` (a task for each GPU)
 # How a start of the job may end, and what then follows (megatron_infimed/notes.py has the other side):
 #     0                      done
-#     2, or the note `why`   the user's mistake: final
+#     2, or the note `why`   the user's mistake: final (save after a signal, when anything may be said)
 #     the note `bad_nodes`   back into the queue, without those nodes
 #     75, or after USR1 or TERM (time limit, pre-emption)   saved: back into the queue
 #     anything else          a crash: back into the queue
@@ -75,10 +75,11 @@ in_step() {
   # --export=ALL: also on sites where sbatch itself exports nothing.
   # env: images have their own ideas (NVIDIA's set RANK, WORLD_SIZE, MASTER_ADDR by rules of theirs), which would win over ours.
   # shellcheck disable=SC2086 # INFIMED_SRUN is several words
-  srun --export=ALL --kill-on-bad-exit=1 --overcommit --cpu-bind=none "${container[@]}" ${INFIMED_SRUN:-} "${options[@]}" \
+  srun --export=ALL --kill-on-bad-exit=1 --overcommit --cpu-bind=none ${container[@]+"${container[@]}"} ${INFIMED_SRUN:-} "${options[@]}" \
     env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u MASTER_ADDR ${MASTER_ADDR:+MASTER_ADDR="$MASTER_ADDR"} MASTER_PORT="${MASTER_PORT:-$(free_port)}" \
     INFIMED_NOTES="$INFIMED_NOTES" PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" "$@" </dev/null &
   front=$!
+  [ -z "$stopped" ] || insist & # the signal came before there was anybody to tell
   wait "$front" # a trapped signal ends the waiting, not the step
   while kill -0 "$front" 2>/dev/null; do wait "$front"; done
   wait "$front"
@@ -123,9 +124,9 @@ train() {
 }
 
 stop() {
-  stopped=1
+  stopped=$1
   say "SIG$1: it is asked to save"
-  [ -z "$front" ] || insist "$1" &
+  [ -z "$front" ] || insist &
 }
 
 # When SLURM will end the job.
@@ -136,7 +137,7 @@ ends() { scontrol show job --oneliner "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/
 insist() {
   local limit=''
   while kill -USR1 "$front" 2>/dev/null && sleep 15; do
-    [ "$1" = USR1 ] || continue
+    [ "$stopped" = USR1 ] || continue
     limit=${limit:-$(date -d "$(ends)" +%s)}
     if [ -n "$limit" ] && [ $((limit - $(date +%s))) -le 45 ] && [ "$(idle_starts)" -lt $((3 * most_idle)) ] && kill -0 "$front"; then
       say "it does not end, and the time limit is near: back into the queue from $(progress)"
@@ -147,7 +148,7 @@ insist() {
 }
 
 supervise() {
-  local words=() word code
+  local words=() word code last
   for word in "$@"; do
     case $word in
       --container-image=*) image=${word#*=} ;;
@@ -168,7 +169,8 @@ supervise() {
   say "start $((restart + 1)) of $SLURM_JOB_NAME, job $SLURM_JOB_ID, on $SLURM_JOB_NODELIST, $per_node processes a node, from $(progress)"
   "${words[@]}"
   code=$?
-  if [ "$(sed -n '$s/ .*//p' "$INFIMED_NOTES/starts")" != "$restart" ]; then # this node was given up, and the job runs elsewhere
+  last=$(sed -n '$s/ .*//p' "$INFIMED_NOTES/starts")
+  if [ "${last:-0}" -gt "$restart" ]; then # this node was given up, and the job runs elsewhere
     say "the job has been started again meanwhile"
     exit 75
   elif [ "$code" = 0 ]; then
@@ -186,9 +188,9 @@ progress() { cat "$INFIMED_NOTES/progress" 2>/dev/null || echo nothing; }
 # Where the job stands: what is saved, and how many nodes it does without; a start that changes neither was in vain. Nor is it progress to leave out
 # more nodes than it runs on: then it is not the nodes.
 reached() {
-  local without
-  without=$(sort -u "$INFIMED_NOTES/left_out" 2>/dev/null | wc -l)
-  echo "$(progress)/$((without < SLURM_JOB_NUM_NODES ? without : SLURM_JOB_NUM_NODES))"
+  local at without
+  at=$(progress) without=$(sort -u "$INFIMED_NOTES/left_out" 2>/dev/null | wc -l)
+  echo "${at//[[:space:]]/_}/$((without < SLURM_JOB_NUM_NODES ? without : SLURM_JOB_NUM_NODES))" # one word
 }
 
 # How many starts, the last ones, have begun where we are now.
@@ -233,7 +235,8 @@ start_again() {
     bad=$(paste -sd, "$INFIMED_NOTES/left_out")
   fi
   # What a signal has ended was nobody's fault: more patience.
-  if [ "$(idle_starts)" -ge $((stopped ? 3 * most_idle : most_idle)) ]; then
+  [ -z "$stopped" ] || most_idle=$((3 * most_idle))
+  if [ "$(idle_starts)" -ge "$most_idle" ]; then
     give_up "the last ended with exit code $code${stopped:+ after a signal}$(sed '1s/^/: /;1q' "$INFIMED_NOTES/crash" 2>/dev/null)"
   fi
   say "exit code $code${stopped:+ after a signal}, got to $(progress): back into the queue${bad:+, without $bad}"

@@ -3,8 +3,9 @@
 A stage is one of our commands over a recipe (`train`, `plan`, `evaluate`, `validate`) or any command lines (`run`). It comes after the stage
 above it, or after those that `after` names. What it reads and leaves is known for our commands and declared (`inputs`, `outputs`) for others.
 `let` gives names to texts that stand in the file as ${name}; words on the command line replace them, and words STAGE.key.path=value are
-settings over that stage's recipe, behind its own `set`. Paths are relative to the folder that the commands run in, as in recipes. The same
-file runs here (execute.py) and on SLURM (slurm.py).
+settings over that stage's recipe, behind its own `set`; those of training are also settings of the stages that plan, validate and evaluate with
+the same recipe. Paths are relative to the folder that the commands run in, as in recipes. The same file runs here (execute.py) and on SLURM
+(slurm.py).
 """
 
 from __future__ import annotations
@@ -246,8 +247,8 @@ def load_chain(path: Path, words: Sequence[str] = (), to_run: bool = True) -> Ch
     shared = tree.get("resources") or {}
     for name, stage in tree["stages"].items():
         if isinstance(stage, dict):
-            if name in settings:
-                stage["set"] = [*(stage.get("set") or []), *settings[name]]
+            if more := [word for other, word in settings if other == name or _of_its_training(stage, tree["stages"][other])]:
+                stage["set"] = [*(stage.get("set") or []), *more]
             own = stage.get("resources") or {}
             stage["resources"] = {**shared, **own} if isinstance(own, dict) else own
             if isinstance(stage.get("run"), str):
@@ -265,20 +266,26 @@ def _told(path: Path, problems: list[str]) -> UserError:
     return UserError("\n".join([f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)} in the chain", *(f"  {p}" for p in problems)]))
 
 
-def _take(words: Sequence[str], let: dict[str, Any], stages: list[str], path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """What words on the command line say: texts by name, beside those of `let`, and settings by stage."""
-    names, settings = {str(name): str(value) for name, value in let.items()}, {}
+def _take(words: Sequence[str], let: dict[str, Any], stages: list[str], path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """What words on the command line say: texts by name, beside those of `let`, and settings with their stages."""
+    names, settings = {str(name): str(value) for name, value in let.items()}, []
     for word in words:
         name, sign, value = word.partition("=")
         stage = max((one for one in stages if name.startswith(f"{one}.")), key=len, default=None)
         if sign and name in names:
             names[name] = value
         elif sign and stage:
-            settings.setdefault(stage, []).append(word.removeprefix(f"{stage}."))
+            settings.append((stage, word.removeprefix(f"{stage}.")))
         else:
             have = ", ".join([*(f"{n}=..." for n in names), f"STAGE.key.path=... with STAGE one of {', '.join(stages)}"])
             raise UserError(f"{word!r}: {path} has no such name to set; it has {have}")
     return names, settings
+
+
+def _of_its_training(stage: dict[str, Any], other: Any) -> bool:
+    """Whether a stage plans, validates or evaluates with the recipe that the other one trains."""
+    recipe = other.get("train") if isinstance(other, dict) else None
+    return recipe is not None and recipe in (stage.get("plan"), stage.get("validate"), stage.get("evaluate"))
 
 
 class _Loader(yaml.SafeLoader):

@@ -71,7 +71,10 @@ def made_of(chain: Chain, name: str) -> dict[str, str]:
     if recipe is None:
         parts = {"its commands": _hash([c.words for c in stage.commands])}
     else:
-        parts = {f"recipe.{part}": _hash(value) for part, value in what_decides(recipe).items()}
+        deciding = what_decides(recipe)
+        if stage.kind in ("train", "plan"):  # what may change while a run goes on, but not behind a finished one's back
+            deciding |= {"max_steps": recipe.max_steps, "data.sources": [s.model_dump(mode="json") for s in recipe.data.sources]}
+        parts = {f"recipe.{part}": _hash(value) for part, value in deciding.items()}
         parts["its options"] = _hash(stage.options)
     parts |= {f"input {path}": fingerprint(Path(path)) for path in stage.reads}
     parts |= {f"code {path}": text for path, text in code(_entries(stage)).items()}

@@ -27,7 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_infimed.config import ModelConfig
-from megatron_infimed.errors import UserError
+from megatron_infimed.errors import MENDABLE, MISSING, UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
 from megatron_infimed.parallel.groups import Ranks, from_first, gather
@@ -48,10 +48,12 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """state.json: step, position, recipe, data. UserError where it cannot be read."""
+        """state.json: step, position, recipe, data. UserError where it is missing or damaged."""
         try:
             return json.loads((self.path / "state.json").read_bytes())
         except (OSError, ValueError) as e:
+            if isinstance(e, OSError) and e.errno not in MENDABLE:
+                raise
             raise UserError(f"{self.path}/state.json cannot be read ({e}): take another checkpoint of that run") from e
 
     @property
@@ -65,13 +67,28 @@ class Checkpoint:
         return hashlib.sha256((self.path / "sha256.json").read_bytes()).hexdigest()
 
     def damaged(self, ranks: Ranks) -> list[str]:
-        """Names of files that are not what was written; the processes share the reading. Called by all of them together."""
+        """Names of files that are missing or not what was written; the processes share the reading. Called by all of them together.
+
+        Raises:
+            UserError: a file may not be read.
+            RuntimeError: one cannot be read, on some process; that is no damage, and another start may read it.
+        """
+        bad, trouble = [], None
         try:
             wanted: dict[str, str] = json.loads((self.path / "sha256.json").read_bytes())
             bad = [n for n in sorted(wanted)[ranks.rank :: ranks.world] if sha256(self.path / n) != wanted[n]]
-        except (OSError, ValueError):
+        except ValueError:
             bad = ["sha256.json"]
-        return sorted({name for part in gather(bad) for name in part})
+        except OSError as e:
+            if e.errno in MISSING:
+                bad = ["sha256.json"]
+            else:
+                trouble = f"{e.filename}: process {ranks.rank} cannot read it ({e.strerror})", e.errno in MENDABLE
+        told = gather((bad, trouble))
+        if troubles := [one for _, one in told if one]:
+            words, final = max(troubles, key=lambda one: one[1])
+            raise UserError(f"{words}: make it readable") if final else RuntimeError(words)
+        return sorted({name for part, _ in told for name in part})
 
 
 def find(path: str | os.PathLike[str]) -> Checkpoint:
@@ -212,9 +229,11 @@ def _named(pieces: Sequence[InfiMed]) -> dict[str, InfiMed]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, or why it cannot be read."""
+    """Hash of a file; "missing" where there is none. OSError where it cannot be read."""
     try:
         with path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
-        return f"unreadable: {e.strerror}"
+        if e.errno in MISSING:
+            return "missing"
+        raise

@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_infimed import notes
 from megatron_infimed.config import CheckpointConfig
 from megatron_infimed.data.safe_files import HashedFile, sync
-from megatron_infimed.errors import UserError
+from megatron_infimed.errors import FORBIDDEN, FULL, MENDABLE, UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
 from megatron_infimed.parallel.groups import Ranks, gather
@@ -56,14 +56,10 @@ from megatron_infimed.train.checkpoint import Checkpoint, in_run, sha256, sharde
 
 log = logging.getLogger(__name__)
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free or add space, or lower checkpoint.keep"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable"),
+    **dict.fromkeys(FULL, "free or add space, or lower checkpoint.keep"),
+    **dict.fromkeys(FORBIDDEN, "make the folder writable"),
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
 }
-_MAY_PASS = {
-    errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO,
-}  # fmt: skip
-"""A disk, a mount or a node in trouble: another start, perhaps on other nodes, may do."""
 
 
 def save(run: Path, state: dict[str, Any], pieces: Sequence[InfiMed], optimizer: MegatronOptimizer | None, ranks: Ranks) -> Checkpoint:
@@ -249,12 +245,11 @@ class Saver:
         if cause is None:
             log.error("%s was not saved", path, exc_info=error)
             return f"{path}: process {self._ranks.rank} did not save it: {type(error).__name__}: {error}", False
-        folder = next(p for p in path.parents if p.exists())
         return (
-            f"{path}: process {self._ranks.rank} cannot write it ({cause.strerror}, {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free): "
+            f"{path}: process {self._ranks.rank} cannot write it ({cause.strerror}{_free(path)}): "
             f"{_REMEDIES.get(cause.errno or 0, 'see to the disk')}, and start again; "
             f"{self.newest.path.name if self.newest else 'no checkpoint'} is the newest complete one"
-        ), cause.errno not in _MAY_PASS
+        ), cause.errno in MENDABLE
 
 
 class _Share(FileSystemWriterAsync):
@@ -332,6 +327,15 @@ def _whole(path: Path) -> Iterator[_Stream]:
 def _copy(data: torch.Tensor | io.BytesIO) -> torch.Tensor | io.BytesIO:
     """Host memory of its own: the weights go on changing, and a slice would be saved with all that it is a slice of."""
     return data.detach().to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
+
+
+def _free(path: Path) -> str:
+    """How much space there is, where that can be told."""
+    try:
+        folder = next(p for p in path.parents if p.exists())
+        return f", {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
+    except OSError:
+        return ""
 
 
 def _aside(path: Path) -> Path:

@@ -193,8 +193,9 @@ def _start(recipe: Recipe, run_dir: Path, ranks: Ranks) -> tuple[Checkpoint | No
 
 
 def _refuse_unfinished(run: Path) -> None:
-    """A stage that starts too early would take what the one before it has so far."""
-    if (there := checkpoint.in_run(run)) and not (run / "DONE").exists():
+    """A stage that starts too early would take what the one before it has so far. An import is whole as it is."""
+    there, done = checkpoint.in_run(run), checkpoint.read_done(run)
+    if there and (done or {}).get("checkpoint") != there[-1].path.name and "imported" not in there[-1].state:
         raise UserError(
             f"init_from: {run} is not done, its newest checkpoint is {there[-1].path.name}: wait until it is (sbatch --dependency=afterok:JOB), "
             f"or take what is there by its own name, init_from={there[-1].path}"

@@ -160,6 +160,9 @@ def test_a_run_that_is_not_done_is_no_start_unless_named(recipe, whole, tmp_path
     newest = in_run(tmp_path / "half")[-1].path
     text = runs.train(recipe, tmp_path / "next", f"init_from={tmp_path / 'half'}", code=2)
     assert f"half is not done, its newest checkpoint is {newest.name}" in text and f"init_from={newest}" in text
+    done = json.loads((whole / "DONE").read_text())
+    (tmp_path / "half" / "DONE").write_text(json.dumps({**done, "checkpoint": "step_00000001"}))  # it goes on, with more steps than it had
+    assert "half is not done" in runs.train(recipe, tmp_path / "next", f"init_from={tmp_path / 'half'}", code=2)
     assert f"weights of {newest}" in runs.train(recipe, tmp_path / "next", f"init_from={newest}", "max_steps=1")
 
 

@@ -110,12 +110,12 @@ def test_ranks_are_one_for_each_gpu_and_know_each_other(slurm: Slurm, project: P
 
 
 def test_a_job_that_gets_nowhere_is_given_up(slurm: Slurm, project: Path) -> None:
-    own = write_launcher(project, "supervise ranks sh -c 'exit 7'")
+    own = write_launcher(project, """supervise ranks sh -c 'echo "so far, 3 parts" >"$INFIMED_NOTES/progress"; exit 7'""")
     job = slurm.launch(project, own, options=("--export=ALL,INFIMED_MAX_IDLE_STARTS=2",))
     assert slurm.wait(job) == "FAILED", slurm.log(project, job)
-    assert slurm.field(job, "Restarts") == "1"
-    assert slurm.notes(project, job)["why"] == "no progress in 2 starts, all from nothing; the last ended with exit code 7\n"
-    assert slurm.log(project, job).count("== ") == 4, "each start has its own heading in the log"
+    assert slurm.field(job, "Restarts") == "2", "the first start has gained something"
+    assert slurm.notes(project, job)["why"] == "no progress in 2 starts, all from so far, 3 parts; the last ended with exit code 7\n"
+    assert slurm.log(project, job).count("== ") == 6, "each start has its own heading in the log"
 
 
 def test_what_does_not_end_goes_back_into_the_queue_before_its_time_limit(fragile: Slurm, project: Path) -> None:

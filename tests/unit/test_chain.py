@@ -135,6 +135,22 @@ def test_words_are_settings_of_one_stage_behind_its_own(tmp_path):
     assert made.stages["a"].commands[0].words[-1] == "optimizer.lr=2e-3"
 
 
+def test_words_of_training_reach_what_judges_it(tmp_path):
+    fresh = {"set": ["data.sources=[]", "init_from=null"]}
+    stages = {
+        "w": {"run": "x", "outputs": ["w"]},
+        "plan": {"plan": RECIPE, **fresh},
+        "train": {"train": RECIPE, **fresh},
+        "look": {"validate": RECIPE, "options": {"data": [], "checkpoint": "w", "output": "1"}},
+        "second": {"train": RECIPE, "set": [*fresh["set"], "output=second"]},
+        "other": {"validate": "launch/recipes/sft_medical_4b.yaml", "options": {"data": [], "checkpoint": "w", "output": "2"}},
+    }
+    made = chain(tmp_path, stages, "train.optimizer.lr=0.5", "look.optimizer.clip=7")
+    recipes = {name: stage.recipe for name, stage in made.stages.items() if stage.recipe}
+    assert {name for name, recipe in recipes.items() if recipe.optimizer.lr == 0.5} == {"plan", "train", "look"}
+    assert {name for name, recipe in recipes.items() if recipe.optimizer.clip == 7} == {"look"}
+
+
 def test_times_are_read_as_they_are_written(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "chain: c\noutput: o\nstages: {a: {run: x, resources: {time: 4:00:00}}, b: {run: x, resources: {time: 240}}}"

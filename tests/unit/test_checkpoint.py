@@ -223,6 +223,26 @@ def test_trouble_that_may_pass_is_not_the_user_s(training, tmp_path, monkeypatch
         training.save(training.saver(tmp_path))
 
 
+def test_a_mount_that_is_gone(training, tmp_path, monkeypatch):
+    """Not even how much space there is can be asked; nor is what cannot be read damaged."""
+    training.save(training.saver(tmp_path))
+
+    def gone(*_, **__):
+        raise OSError(errno.ESHUTDOWN, "Cannot send after transport endpoint shutdown", "the file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "_write_item", gone)
+        patch.setattr(shutil, "disk_usage", gone)
+        with pytest.raises(RuntimeError, match=r"cannot write it \(Cannot send after transport endpoint shutdown\): see to the disk"):
+            training.save(training.saver(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sha256", gone)
+        with pytest.raises(RuntimeError, match="the file: process 0 cannot read it"):
+            checkpoint.newest_sound(tmp_path, training.ranks)
+    (tmp_path / "checkpoints/step_00000001/.metadata").unlink()
+    assert Checkpoint(tmp_path / "checkpoints/step_00000001").damaged(training.ranks) == [".metadata"]
+
+
 @pytest.mark.parametrize(
     ("error", "its"),
     [

@@ -65,6 +65,22 @@ def test_settings_count_and_comments_do_not(folder):
     assert changed(load(folder, "more"))["a"] == ("its commands",)
 
 
+def test_what_a_run_may_change_while_it_goes_on_counts_once_it_is_done(folder):
+    (folder / "s.json").write_text("{}")
+    words = [f"data.sources=[{{prefix: {folder}/s}}]", "init_from=null", f"output={folder}/run"]
+
+    def training(*more: str) -> Chain:
+        first = {"run": (), "train": "launch/recipes/sft_general_4b.yaml", "set": [*words, *more], "inputs": (), "outputs": ()}
+        return load(folder, **first)
+
+    before = standing.made_of(training(), "a")
+    for word, part in (
+        ("max_steps=3", "recipe.max_steps"), ("data.sources.0.epochs=2", "recipe.data.sources"), ("optimizer.lr=1", "recipe.optimizer"),
+    ):  # fmt: skip
+        assert standing.differences(before, standing.made_of(training(word), "a")) == [part]
+    assert standing.made_of(training("parallel.overlap=false", "log.every=3", "checkpoint.keep=1"), "a") == before
+
+
 def test_what_follows_is_stale_only_where_something_else_came_out(folder):
     chain = load(folder)
     finish(chain, folder)
