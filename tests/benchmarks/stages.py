@@ -47,7 +47,7 @@ def prepare(folder: Path, files: int, dvc: str | None) -> dict[str, list[str]]:
     cost([*OURS, "run", "c.yaml"], folder)
     asks = {"stages status": [*OURS, "status", "c.yaml"]}
     if dvc:
-        stage = {"stages": {"a": {"cmd": "cp raw/0000/0000000.jpg out.dvc", "deps": ["raw"], "outs": [{"out.dvc": {"cache": False}}]}}}
+        stage = {"stages": {"a": {"cmd": "cp raw/0000/0000000.jpg copied", "deps": ["raw"], "outs": [{"copied": {"cache": False}}]}}}
         (folder / "dvc.yaml").write_text(yaml.safe_dump(stage))
         cost([dvc, "init", "--no-scm", "--quiet"], folder)
         cost([dvc, "repro", "--quiet"], folder)
