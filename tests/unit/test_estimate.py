@@ -166,8 +166,15 @@ def stored(settings: Recipe, whole: PackedBatch) -> int:
     return live.peak
 
 
+@pytest.fixture(scope="module")
+def warm():
+    """The first pass under the profiler in a process now and then shows 5 MB that no later one does (seen in 2 of 20 processes)."""
+    name = "narrow, long rows"
+    allocated(SHAPES[name][0], batch(name))
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_memory_is_what_a_step_allocates(name):
+def test_memory_is_what_a_step_allocates(name, warm):
     settings, one = SHAPES[name][0], batch(name)
     modelled, real = memory(settings, 1, GPUS["cpu"], one), allocated(settings, one)
     print(

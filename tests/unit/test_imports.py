@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "megatron_infimed",
     },
     "convert": {"config", "recipe_files", "errors", "optional", "log", "data", "model", "parallel", "train", "megatron_infimed", "cli"},
-    "evaluate": {"config", "errors", "optional", "log", "intake", "data", "model", "parallel", "train"},
+    "evaluate": {"config", "errors", "optional", "log", "notes", "intake", "data", "model", "parallel", "train"},
     "doctor": {"optional", "megatron_infimed"},
     "estimate": {"config", "counts", "errors", "flops", "data", "model", "parallel", "train", "optional"},
     "report": {"config", "errors", "intake", "data", "evaluate"},
