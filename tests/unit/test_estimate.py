@@ -168,7 +168,7 @@ def stored(settings: Recipe, whole: PackedBatch) -> int:
 
 @pytest.fixture(scope="module")
 def warm():
-    """The first pass under the profiler in a process now and then shows 5 MB that no later one does (seen in 2 of 20 processes)."""
+    """The first pass under the profiler in a process now and then shows 5 MB that no later one does (seen twice)."""
     name = "narrow, long rows"
     allocated(SHAPES[name][0], batch(name))
 
