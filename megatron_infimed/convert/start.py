@@ -84,7 +84,7 @@ def import_checkpoint(
         initialize_weights(_ProjectorOnly(model), recipe)  # type: ignore[arg-type]
         _fill(model, sources, prefix, table)
         made = saver.save(output, state, [model], None, ranks)
-    if checkpoint.read_done(output) is None:
+    if (checkpoint.read_done(output) or {}).get("checkpoint_sha256") != made.fingerprint:
         checkpoint.mark_done(output, made)
     return made
 

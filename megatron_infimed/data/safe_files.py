@@ -83,6 +83,13 @@ class HashedFile:
             rest = rest[os.write(self._out, rest) :]
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A small text file is there whole or not at all, also if several processes write it; not fsynced."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{time.time_ns()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
 @contextlib.contextmanager
 def lock(prefix: Path, wait: bool = False) -> Iterator[None]:
     """One writer a prefix: PREFIX.lock, held by flock, so that it ends with its process.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_infimed import notes
+from megatron_infimed.data.safe_files import write_whole
 
 Row = dict[str, Any]
 """An answered question; `id` is the question's."""
@@ -57,10 +57,3 @@ class Parts:
 def lines(rows: Sequence[Row]) -> str:
     """As JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -22,10 +22,11 @@ from megatron_infimed import log as logs
 from megatron_infimed.config import ParallelConfig, Recipe
 from megatron_infimed.data.chat import Tokenizer, encode_batch, load_tokenizer
 from megatron_infimed.data.decode import GRAY, Decoder, make_decoder
+from megatron_infimed.data.safe_files import write_whole
 from megatron_infimed.errors import UserError
 from megatron_infimed.evaluate import score
 from megatron_infimed.evaluate.generate import generate, prompt_document
-from megatron_infimed.evaluate.parts import Parts, Row, lines, write_whole
+from megatron_infimed.evaluate.parts import Parts, Row, lines
 from megatron_infimed.evaluate.questions import Question, read_questions
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu, groups

@@ -225,7 +225,7 @@ def load_chain(path: Path, words: Sequence[str] = (), to_run: bool = True) -> Ch
     """Reads a chain and its recipes.
 
     Args:
-        words: name=text for what `let` names.
+        words: name=text for what `let` names, STAGE.key.path=value over that stage's recipe.
         to_run: from its beginning: what the first stages read must be there.
 
     Raises:

@@ -16,7 +16,10 @@ from megatron_infimed.stages.chain import load_chain
 app = typer.Typer(no_args_is_help=True, help="A chain of stages, from raw data to evaluation, as a YAML file (launch/chains/).")
 
 ChainPath = Annotated[Path, typer.Argument(metavar="CHAIN", help="YAML file, see launch/chains/")]
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME=TEXT]...", help="for what the chain's `let` names")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME=TEXT | STAGE.key.path=VALUE]...", help="for what the chain's `let` names, and over a stage's recipe"),
+]
 Redo = Annotated[bool, typer.Option("--redo", help="do again what was done with something else; what it left is kept beside")]
 Accept = Annotated[bool, typer.Option("--accept", help="take what was done with something else as it is")]
 

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_infimed.config import ModelConfig
+from megatron_infimed.data.safe_files import write_whole
 from megatron_infimed.errors import MENDABLE, MISSING, UserError
 from megatron_infimed.model.infimed import InfiMed
 from megatron_infimed.parallel import cpu
@@ -135,9 +135,7 @@ def in_run(run: Path) -> list[Checkpoint]:
 def mark_done(run: Path, checkpoint: Checkpoint, **more: Any) -> None:
     """Writes DONE into a run directory: this checkpoint is what it was for."""
     done = {**more, "step": checkpoint.step, "checkpoint": checkpoint.path.name, "checkpoint_sha256": checkpoint.fingerprint}
-    aside = run / f"DONE.{os.getpid()}.{time.time_ns()}.tmp"
-    aside.write_text(json.dumps(done, indent=1))
-    aside.replace(run / "DONE")
+    write_whole(run / "DONE", json.dumps(done, indent=1))
 
 
 def read_done(run: Path) -> dict[str, Any] | None:

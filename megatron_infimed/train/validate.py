@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from megatron_infimed.config import Recipe, SourceConfig
 from megatron_infimed.counts import Counts
 from megatron_infimed.data.batch import PackedBatch
 from megatron_infimed.data.loader import Loader
+from megatron_infimed.data.safe_files import write_whole
 from megatron_infimed.data.schedule import Phase, Schedule, build_schedule
 from megatron_infimed.data.shards import Shard, read_manifest
 from megatron_infimed.errors import UserError
@@ -235,6 +235,4 @@ def _done_before(output: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 def _write(output: Path, result: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(result, indent=1))
-    aside.replace(output)
+    write_whole(output, json.dumps(result, indent=1))
